@@ -1,0 +1,273 @@
+"""A loaded model: scoring and generation."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, overload
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from glm52_jax import decode
+from glm52_jax.cache import Cache, contiguous_table, make_cache
+from glm52_jax.checkpoint import Checkpoint
+from glm52_jax.config import Config
+from glm52_jax.loader import Progress, Storage, load_weights
+from glm52_jax.model import Taps
+from glm52_jax.plan import Plan
+from glm52_jax.sampling import Sampling, sampling_state
+from glm52_jax.weights import Weights
+from pallas_kernels.blocks import BlockScaled
+from pallas_kernels.paged import PAGE
+
+type Ids = Sequence[int] | jax.Array | np.ndarray
+
+# Prompt tokens a call; short prompts use the next power of two.
+_CHUNK = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Token:
+    """One generated token: which prompt it continues, its id, and whether it is that sequence's last."""
+
+    sequence: int
+    id: int
+    finished: bool
+
+
+@struct.dataclass
+class Model:
+    """Weights, configuration and plan; a pytree, so it can be an argument of a jitted function.
+
+    Made by ``glm52_jax.load``.
+    """
+
+    weights: Weights
+    config: Config = struct.field(pytree_node=False)
+    plan: Plan = struct.field(pytree_node=False)
+
+    @property
+    def has_mtp(self) -> bool:
+        """Whether the checkpoint held the multi-token-prediction layer."""
+        return self.weights.mtp is not None
+
+    @overload
+    def score(self, ids: Ids, taps: Literal[False] = False) -> jax.Array: ...
+
+    @overload
+    def score(self, ids: Ids, taps: Literal[True]) -> tuple[jax.Array, Taps]: ...
+
+    def score(self, ids: Ids, taps: bool = False) -> jax.Array | tuple[jax.Array, Taps]:
+        """Logits of every position of one sequence.
+
+        Args:
+          ids: int [T], T >= 1, each in 0..vocab_size-1 (checked unless traced).
+          taps: also return what happened inside.
+
+        Returns:
+          logits float32 [T, vocab]: row t predicts token t + 1. With ``taps`` also a dict: "hidden.<layer>" [T, hidden] (the
+          residual stream after the layer, in the plan's dtype), "topk.<layer>" int32 [T, index_topk] for layers that run an
+          indexer (selected positions, any order, -1 beyond) and "experts.<layer>" int32 [T, k] for layers with experts.
+
+        Works under ``jax.jit``, where T is static. Raises ValueError for empty or out-of-range ids.
+        """
+        tokens = _as_ids(ids, self.config.vocab_size)
+        found = self._by_chunks(decode.score_chunk, (tokens,), taps=taps)
+        logits = found.pop("logits")
+        return (logits, found) if taps else logits
+
+    def score_mtp(self, ids: Ids) -> jax.Array:
+        """Logits of the multi-token-prediction layer's first draft, for every position of one sequence.
+
+        Args:
+          ids: int [T], T >= 2.
+
+        Returns:
+          float32 [T - 1, vocab]: row t, made from the model's hidden state at t and the token at t + 1, predicts token t + 2.
+
+        Raises:
+          ValueError: the checkpoint has no MTP tensors, or ids are too short or out of range.
+        """
+        if not self.has_mtp:
+            raise ValueError(
+                f"MTP cannot be used: the checkpoint holds no tensor of model.layers.{self.config.num_hidden_layers}, "
+                f"the MTP layer (num_nextn_predict_layers={self.config.num_nextn_predict_layers})"
+            )
+        tokens = _as_ids(ids, self.config.vocab_size)
+        if tokens.shape[0] < 2:
+            raise ValueError(f"ids of {tokens.shape[0]} token: a draft needs a token and its successor, so at least 2")
+        return self._by_chunks(decode.draft_chunk, (tokens[:-1], tokens[1:]))["logits"]
+
+    def _by_chunks(self, run: Callable[..., tuple[Taps, Cache]], rows: tuple[jax.Array, ...], **static: bool) -> Taps:
+        """Runs a sequence through ``run`` in chunks over a fresh cache; arrays of all chunks are joined."""
+        length = rows[0].shape[0]
+        width = _chunk_width(length)
+        table = contiguous_table(1, -(-length // PAGE))
+        cache = make_cache(self.config, self.plan, table.shape[1], mtp=run is decode.draft_chunk)
+        chunks: list[Taps] = []
+        for start in range(0, length, width):
+            count = min(width, length - start)
+            pieces = [jnp.pad(row[start : start + count], (0, width - count))[None] for row in rows]
+            where = (jnp.array([start], jnp.int32), jnp.array([count], jnp.int32))
+            found, cache = run(
+                self.weights, cache, table, *pieces, *where, config=self.config, plan=self.plan, **static
+            )
+            chunks.append({name: value[0, :count] for name, value in found.items()})
+        return {name: jnp.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
+
+    def generate(
+        self,
+        prompts: Sequence[int] | Sequence[Sequence[int]],
+        max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
+        stop_ids: Sequence[int] | None = None,
+    ) -> Iterator[Token]:
+        """Continues one prompt or a batch of prompts of different lengths, token by token.
+
+        Args:
+          prompts: token ids of one prompt, or a list of prompts; none may be empty.
+          max_new_tokens: at most this many for each prompt.
+          sampling: how to draw; None is ``Sampling()``: temperature 1, no cuts.
+          stop_ids: ids that end a sequence (they are yielded); None takes the config's eos ids, () never stops.
+
+        Yields:
+          tokens in step order, and in prompt order within a step.
+
+        Raises:
+          ValueError: an empty prompt, ids out of range, a max_new_tokens below 1, or a sequence longer than
+            max_position_embeddings. Raised by the call itself, before the first token.
+        """
+        batch = _as_batch(prompts, self.config.vocab_size)
+        stops = frozenset(self.config.eos_token_ids if stop_ids is None else stop_ids)
+        if max_new_tokens < 1:
+            raise ValueError(f"{max_new_tokens=} must be at least 1")
+        longest = max(len(ids) for ids in batch) + max_new_tokens
+        if longest > self.config.max_position_embeddings:
+            raise ValueError(
+                f"prompt plus {max_new_tokens=} is {longest} tokens, more than "
+                f"max_position_embeddings={self.config.max_position_embeddings}"
+            )
+        return self._stream(batch, max_new_tokens, sampling or Sampling(), stops)
+
+    def _stream(
+        self, batch: list[np.ndarray], max_new_tokens: int, sampling: Sampling, stops: frozenset[int]
+    ) -> Iterator[Token]:
+        state = self._prefill(batch, max_new_tokens, sampling)
+        live = set(range(len(batch)))
+        for step in range(max_new_tokens):
+            if step:
+                state = decode.decode_step(self.weights, state, config=self.config, plan=self.plan)
+            drawn = np.asarray(state.tokens)
+            for sequence in sorted(live):
+                token = int(drawn[sequence])
+                finished = token in stops or step + 1 == max_new_tokens
+                if finished:
+                    live.discard(sequence)
+                yield Token(sequence, token, finished)
+            if not live:
+                return
+
+    def _prefill(self, batch: list[np.ndarray], max_new_tokens: int, sampling: Sampling) -> decode.DecodeState:
+        lengths = np.array([len(ids) for ids in batch], np.int32)
+        longest = int(lengths.max())
+        # A power of two of pages: nearby lengths share one compiled program.
+        pages = _power_of_two(-(-(longest + max_new_tokens) // PAGE))
+        table = contiguous_table(len(batch), pages)
+        cache = make_cache(self.config, self.plan, len(batch) * pages)
+        last = jnp.zeros((len(batch), self.config.hidden_size), self.plan.activation)
+        width = _chunk_width(longest)
+        padded = np.zeros((len(batch), -(-longest // width) * width), np.int32)
+        for row, ids in zip(padded, batch, strict=True):
+            row[: len(ids)] = ids
+        for start in range(0, longest, width):
+            counts = np.clip(lengths - start, 0, width).astype(np.int32)
+            starts = np.full(len(batch), start, np.int32)
+            tokens = padded[:, start : start + width]
+            cache, last = decode.prefill_chunk(
+                self.weights, cache, last, table, tokens, starts, counts, config=self.config, plan=self.plan
+            )
+        positions, draws = jnp.asarray(lengths), sampling_state(sampling, len(batch))
+        tokens = decode.first_token(self.weights, last, draws, positions, plan=self.plan)
+        return decode.DecodeState(tokens, positions, table, cache, draws)
+
+
+def load(
+    path: str | os.PathLike[str],
+    dtype: str = "bfloat16",
+    weights: Storage = "checkpoint",
+    cache: str = "auto",
+    linear: str = "w8a16",
+    latent_norm_eps: float | None = None,
+    progress: Progress | None = None,
+) -> Model:
+    """Loads a Hugging Face GLM-5, 5.1 or 5.2 checkpoint directory onto the default device.
+
+    Args:
+      path: directory with config.json and safetensors files: bfloat16, float32 or the official FP8 format.
+      dtype: of the activations, "bfloat16" or "float32" (true float32: no TF32).
+      weights: "checkpoint" keeps every weight as stored, FP8 blocks included; "bfloat16" or "float32" converts.
+      cache: latent cache, "float32", "bfloat16" or "fp8" (656 bytes a token and layer at the real sizes). "auto": float32 for
+        float32 activations, else fp8 where the weights stay FP8, else bfloat16. Index keys are float32 with a float32 cache,
+        else FP8.
+      linear: arithmetic with FP8 weights: "w8a16", or "w8a8", which quantizes activations by groups of 128.
+      latent_norm_eps: epsilon of the two latent norms; None is the config's rms_norm_eps, 1e-6 is what transformers uses.
+      progress: called as progress(bytes done, bytes in total, tensor name) while loading.
+
+    Returns:
+      a Model.
+
+    Raises:
+      CheckpointError: a file or tensor is missing, unexpected, broken or of the wrong shape or type.
+      ConfigError: config.json holds a field this code does not know or support.
+      ValueError: an argument outside the values above.
+    """
+    if weights not in ("checkpoint", "bfloat16", "float32"):
+        raise ValueError(f"{weights=} must be 'checkpoint', 'bfloat16' or 'float32'")
+    # Arguments are checked before the disk is touched.
+    plan = Plan(dtype=dtype, cache="float32" if cache == "auto" else cache, linear=linear)
+    with Checkpoint.open(path) as checkpoint:
+        config = Config.from_hf(checkpoint.config, latent_norm_eps)
+        arrays = load_weights(checkpoint, config, dtype=dtype, weights=weights, progress=progress)
+    if cache == "auto" and dtype != "float32":
+        fp8 = isinstance(arrays.attention.q_b, BlockScaled)
+        plan = dataclasses.replace(plan, cache="fp8" if fp8 else "bfloat16")
+    return Model(arrays, config, plan)
+
+
+def _as_ids(ids: Ids, vocab: int) -> jax.Array:
+    if isinstance(ids, jax.Array) and isinstance(ids, jax.core.Tracer):
+        if ids.ndim != 1 or not ids.shape[0]:
+            raise ValueError(f"ids of shape {ids.shape} must be one non-empty sequence [T]")
+        return ids.astype(jnp.int32)
+    return jnp.asarray(_checked(ids, vocab, "ids"))
+
+
+def _as_batch(prompts: Sequence[int] | Sequence[Sequence[int]], vocab: int) -> list[np.ndarray]:
+    if len(prompts) == 0:
+        raise ValueError("no prompt given")
+    single = np.ndim(prompts[0]) == 0
+    batch = [prompts] if single else list(prompts)
+    return [_checked(ids, vocab, f"prompt {i}") for i, ids in enumerate(batch)]
+
+
+def _checked(ids: object, vocab: int, name: str) -> np.ndarray:
+    array = np.asarray(ids)
+    if array.ndim != 1 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"{name} must be a non-empty list of integers, got shape {array.shape} of {array.dtype}")
+    outside = array[(array < 0) | (array >= vocab)]
+    if outside.size:
+        raise ValueError(f"{name} holds {int(outside[0])}, outside 0..{vocab - 1}")
+    return array.astype(np.int32)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _chunk_width(length: int) -> int:
+    return min(_CHUNK, _power_of_two(length))

@@ -1,0 +1,1 @@
+"""Parts of a decoder layer: pure functions of weights, hidden rows and caches."""

@@ -1,0 +1,211 @@
+"""Checkpoint -> device arrays in their final layout, tensor by tensor.
+
+Each stacked array is allocated once on the device and filled in place, so the device holds no second copy and the host no more
+than what is on its way: the tensors are visited in the order of the files, and a file's mapping is dropped when its last tensor
+is through.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glm52_jax.checkpoint import Checkpoint, CheckpointError
+from glm52_jax.claims import FP8, SCALE_SUFFIX, Expected, check_claims, check_scales, scale_shape
+from glm52_jax.config import SHARED, Config
+from glm52_jax.layout import split_kv_b
+from glm52_jax.weights import Leaf, Source, Weights, mtp_prefix, weight_leaves
+from pallas_kernels.blocks import BlockScaled, dequantize
+
+type Progress = Callable[[int, int, str], None]
+type Storage = Literal["checkpoint", "bfloat16", "float32"]
+
+_FLOATS = ("BF16", "F32")
+# Bytes handed to the device before the host waits for them.
+_IN_FLIGHT = 1 << 28
+
+
+@dataclasses.dataclass
+class _Target:
+    """A leaf with its device arrays: ``data``, and ``scale`` when the leaf stays FP8."""
+
+    leaf: Leaf
+    data: jax.Array
+    scale: jax.Array | None
+
+
+def load_weights(
+    checkpoint: Checkpoint,
+    config: Config,
+    *,
+    dtype: str = "bfloat16",
+    weights: Storage = "checkpoint",
+    progress: Progress | None = None,
+) -> Weights:
+    """Loads every weight of the model onto the default device.
+
+    Args:
+      checkpoint: an open checkpoint; all headers are checked before anything is allocated.
+      config: the model.
+      dtype: the activations' dtype, "bfloat16" or "float32"; W_UK and W_UV of an FP8 checkpoint take it.
+      weights: "checkpoint" keeps each tensor as stored, FP8 blocks included; "bfloat16" and "float32" convert (router weights are
+        never narrowed, the router bias is float32).
+      progress: called as progress(bytes done, bytes in total, tensor name).
+
+    Warns:
+      UserWarning, once, when the checkpoint holds indexer tensors of shared layers, which are skipped.
+
+    Raises:
+      CheckpointError: a missing, unexpected, wrongly shaped or wrongly typed tensor; scales that are not finite; a leaf stored
+        partly as FP8.
+    """
+    mtp = holds_mtp(checkpoint, config)
+    tree = weight_leaves(config, mtp)
+    leaves, structure = jax.tree.flatten(tree, is_leaf=lambda node: isinstance(node, Leaf))
+    _check(checkpoint, config, leaves)
+    targets = [_allocate(checkpoint, leaf, dtype, weights) for leaf in leaves]
+    _stream(checkpoint, config, targets, progress)
+    arrays = [t.data if t.scale is None else BlockScaled(t.data, t.scale) for t in targets]
+    return jax.tree.unflatten(structure, arrays)
+
+
+def holds_mtp(checkpoint: Checkpoint, config: Config) -> bool:
+    """Whether the checkpoint has the MTP layer's tensors; many copies announce the layer in their config and lack it."""
+    prefix = mtp_prefix(config)
+    return config.num_nextn_predict_layers > 0 and any(name.startswith(prefix) for name in checkpoint.tensors)
+
+
+def _check(checkpoint: Checkpoint, config: Config, leaves: list[Leaf]) -> None:
+    expected: dict[str, Expected] = {}
+    for leaf in leaves:
+        linear = leaf.kind in ("linear", "w_uk", "w_uv")
+        for source in leaf.sources:
+            # kv_b alone has two homes, W_UK and W_UV.
+            if source.tensor in expected and leaf.kind != "w_uv":
+                raise AssertionError(f"tensor {source.tensor} is claimed twice")
+            expected[source.tensor] = Expected(source.shape, _FLOATS, block_scaled_allowed=linear)
+    shared = tuple(
+        f"model.layers.{i}.self_attn.indexer." for i, kind in enumerate(config.indexer_types) if kind == SHARED
+    )
+    # Some re-quantized uploads keep indexer tensors on layers that have none.
+    skipped = [name for name in checkpoint.tensors if name.startswith(shared)] if shared else []
+    check_claims(checkpoint, expected, ignore=frozenset(skipped).__contains__)
+    if skipped:
+        message = f"skipped {len(skipped)} indexer tensors of shared layers, which run no indexer (first: {skipped[0]})"
+        warnings.warn(message, stacklevel=3)
+
+
+def _allocate(checkpoint: Checkpoint, leaf: Leaf, dtype: str, weights: Storage) -> _Target:
+    stored = {checkpoint.tensors[s.tensor].dtype: s.tensor for s in leaf.sources}
+    if len(stored) > 1 and FP8 in stored and weights == "checkpoint":
+        raise CheckpointError(
+            f"mixed storage: {', '.join(f'{name} is {kind}' for kind, name in stored.items())}. One kind of weight must be FP8 in "
+            "all layers or in none; weights='bfloat16' dequantizes everything"
+        )
+    if FP8 in stored and weights == "checkpoint" and leaf.kind == "linear":
+        scale = jnp.zeros((*leaf.shape[:-2], *scale_shape(leaf.shape[-2:])), jnp.float32)
+        return _Target(leaf, jnp.zeros(leaf.shape, jnp.float8_e4m3fn), scale)
+    return _Target(leaf, jnp.zeros(leaf.shape, _dtype(leaf, set(stored), dtype, weights)), None)
+
+
+def _dtype(leaf: Leaf, stored: set[str], dtype: str, weights: Storage) -> jnp.dtype:
+    """Dtype of a leaf that is not kept as FP8."""
+    widest = "float32" if "F32" in stored else "bfloat16"
+    if leaf.kind == "float32":
+        return jnp.dtype("float32")
+    if leaf.kind == "exact":
+        return jnp.dtype("float32" if weights == "float32" else widest)
+    if weights != "checkpoint":
+        return jnp.dtype(weights)
+    return jnp.dtype(dtype if FP8 in stored else widest)
+
+
+def _stream(checkpoint: Checkpoint, config: Config, targets: list[_Target], progress: Progress | None) -> None:
+    files = {file: i for i, file in enumerate(checkpoint.files)}
+    tasks = [(target, source) for target in targets for source in target.leaf.sources]
+
+    def position(task: tuple[_Target, Source]) -> tuple[int, int]:
+        info = checkpoint.tensors[task[1].tensor]
+        return files[info.file], info.begin
+
+    tasks.sort(key=position)
+    last_use = {file: i for i, (_, source) in enumerate(tasks) for file in _files(checkpoint, source)}
+    total = sum(_nbytes(checkpoint, source) for _, source in tasks)
+    done = in_flight = 0
+    for i, (target, source) in enumerate(tasks):
+        _place_source(checkpoint, config, target, source)
+        size = _nbytes(checkpoint, source)
+        done, in_flight = done + size, in_flight + size
+        if in_flight >= _IN_FLIGHT:
+            target.data.block_until_ready()
+            in_flight = 0
+        for file in _files(checkpoint, source):
+            if last_use[file] == i:
+                target.data.block_until_ready()
+                checkpoint.release(file)
+        if progress is not None:
+            progress(done, total, source.tensor)
+    jax.block_until_ready([t.data for t in targets])
+
+
+def _files(checkpoint: Checkpoint, source: Source) -> Iterable[Path]:
+    names = (source.tensor, source.tensor + SCALE_SUFFIX)
+    return {checkpoint.tensors[name].file for name in names if name in checkpoint.tensors}
+
+
+def _nbytes(checkpoint: Checkpoint, source: Source) -> int:
+    names = (source.tensor, source.tensor + SCALE_SUFFIX)
+    return sum(checkpoint.tensors[name].nbytes for name in names if name in checkpoint.tensors)
+
+
+def _place_source(checkpoint: Checkpoint, config: Config, target: _Target, source: Source) -> None:
+    value = checkpoint.read(source.tensor)
+    scale = None
+    if checkpoint.tensors[source.tensor].dtype == FP8:
+        name = source.tensor + SCALE_SUFFIX
+        scale = checkpoint.read(name)
+        check_scales(name, scale, checkpoint.tensors[name].file)
+    if target.scale is not None:
+        target.data = _place(target.data, _start(target.data, source), value)
+        target.scale = _place(target.scale, _start(target.scale, source), scale)
+        return
+    widths = (config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim)
+    part = (target.leaf.kind, widths) if target.leaf.kind in ("w_uk", "w_uv") else None
+    target.data = _place_converted(target.data, _start(target.data, source), value, scale, part)
+
+
+def _start(buffer: jax.Array, source: Source) -> np.ndarray:
+    return np.array((*source.index, *(0,) * (buffer.ndim - len(source.index))), np.int32)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _place(buffer: jax.Array, start: jax.Array, value: jax.Array) -> jax.Array:
+    """buffer[start] = value, in place."""
+    block = value.reshape((1,) * (buffer.ndim - value.ndim) + value.shape)
+    return jax.lax.dynamic_update_slice(buffer, block.astype(buffer.dtype), tuple(start))
+
+
+@partial(jax.jit, donate_argnums=0, static_argnums=4)
+def _place_converted(
+    buffer: jax.Array,
+    start: jax.Array,
+    value: jax.Array,
+    scale: jax.Array | None,
+    part: tuple[str, tuple[int, int, int]] | None,
+) -> jax.Array:
+    """As ``_place``, after dequantizing FP8 blocks (by the tensor's own rows) and taking one half of kv_b."""
+    if scale is not None:
+        value = dequantize(BlockScaled(value, scale))
+    if part is not None:
+        kind, (heads, nope, v) = part
+        w_uk, w_uv = split_kv_b(value, heads, nope, v)
+        value = w_uk if kind == "w_uk" else w_uv
+    return _place(buffer, start, value)

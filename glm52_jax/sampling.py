@@ -1,0 +1,86 @@
+"""Choosing the next token from logits."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn.
+
+    temperature: 0 takes the most likely token; else logits are divided by it first. top_k: keep the k most likely (0: all).
+    top_p: of what is left, renormalized, keep the smallest set with at least this probability. min_p: of what is left, drop
+    tokens less likely than min_p times the most likely. seed: the draw for a token depends on seed, sequence and position only,
+    not on the batch around it.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature={self.temperature} must be finite and >= 0")
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} must be >= 0 (0 keeps all)")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p={self.min_p} must lie in [0, 1]")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} must lie in [0, 2**32)")
+
+
+@struct.dataclass
+class SamplingState:
+    """A batch's sampling parameters on the device, one entry a sequence: a change of values is not a new program.
+
+    temperature, top_p, min_p float32 [batch]; top_k int32 [batch]; key: PRNG keys [batch].
+    """
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    key: jax.Array
+
+
+def sampling_state(sampling: Sampling, batch: int) -> SamplingState:
+    """The same parameters for each of ``batch`` sequences; sequence i draws from key fold_in(seed, i)."""
+    base = jax.random.key(sampling.seed)
+    return SamplingState(
+        temperature=jnp.full((batch,), sampling.temperature, jnp.float32),
+        top_k=jnp.full((batch,), sampling.top_k, jnp.int32),
+        top_p=jnp.full((batch,), sampling.top_p, jnp.float32),
+        min_p=jnp.full((batch,), sampling.min_p, jnp.float32),
+        key=jax.vmap(lambda i: jax.random.fold_in(base, i))(jnp.arange(batch, dtype=jnp.uint32)),
+    )
+
+
+def sample(logits: jax.Array, state: SamplingState, positions: jax.Array) -> jax.Array:
+    """Next tokens int32 [batch] from logits float32 [batch, vocab]; positions int32 [batch] number the draws."""
+    return jax.vmap(_sample_one)(logits.astype(jnp.float32), state, positions)
+
+
+def _sample_one(logits: jax.Array, state: SamplingState, position: jax.Array) -> jax.Array:
+    greedy = jnp.argmax(logits).astype(jnp.int32)
+    scaled = logits / jnp.where(state.temperature > 0, state.temperature, 1.0)
+    # Stable by construction: equal logits go to the lower token.
+    ranked, order = jax.lax.top_k(scaled, scaled.shape[0])
+    rank = jnp.arange(ranked.shape[0], dtype=jnp.int32)
+    keep = (state.top_k == 0) | (rank < state.top_k)
+    probability = jax.nn.softmax(jnp.where(keep, ranked, -jnp.inf))
+    # The token that crosses top_p is kept: what counts is the mass before it.
+    keep &= (jnp.cumsum(probability) - probability < state.top_p) | (rank == 0)
+    keep &= probability >= state.min_p * probability[0]
+    noise = jax.random.gumbel(jax.random.fold_in(state.key, position), ranked.shape, jnp.float32)
+    drawn = order[jnp.argmax(jnp.where(keep, ranked + noise, -jnp.inf))].astype(jnp.int32)
+    return jnp.where(state.temperature > 0, drawn, greedy)

@@ -1,0 +1,35 @@
+"""Reference of norm_quant in jnp; runs anywhere."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.blocks import E4M3_MAX, to_e4m3
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y * _row(weight, y)).astype(x.dtype)
+
+
+def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y * _row(weight, y) + _row(bias, y)).astype(x.dtype)
+
+
+def quantize_groups(x: jax.Array, group: int = 128, floor: float = 1e-10) -> tuple[jax.Array, jax.Array]:
+    k = x.shape[-1]
+    padded = jnp.pad(x.astype(jnp.float32), [(0, 0)] * (x.ndim - 1) + [(0, -k % group)])
+    groups = padded.reshape(*x.shape[:-1], -1, group)
+    scale = jnp.maximum(jnp.max(jnp.abs(groups), axis=-1), floor) / E4M3_MAX
+    values = to_e4m3(groups / scale[..., None]).reshape(padded.shape)[..., :k]
+    return values, scale
+
+
+def _row(weight: jax.Array, like: jax.Array) -> jax.Array:
+    """A vector [n] in float32, with leading axes of one, for an operand [..., n] (rank promotion is an error in tests)."""
+    return weight.astype(jnp.float32).reshape((1,) * (like.ndim - 1) + weight.shape)

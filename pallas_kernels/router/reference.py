@@ -1,0 +1,18 @@
+"""Reference of the router in jnp; runs anywhere."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.products import einsum
+
+
+def route(
+    x: jax.Array, gate: jax.Array, bias: jax.Array, layer: int | jax.Array, k: int, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    scores = jax.nn.sigmoid(einsum("rk,ek->re", x, gate[layer]))
+    _, ids = jax.lax.top_k(scores + bias[layer].astype(jnp.float32)[None, :], k)
+    # The bias decides who is chosen, never how much: the weights are the unbiased scores.
+    chosen = jnp.take_along_axis(scores, ids, axis=-1)
+    return ids.astype(jnp.int32), chosen / (jnp.sum(chosen, axis=-1, keepdims=True) + 1e-20) * scale

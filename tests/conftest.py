@@ -1,0 +1,43 @@
+"""Settings of the whole suite: the platform, JAX's strict modes and hypothesis."""
+
+import os
+import re
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Read by JAX when it is imported, here and in the processes that tests start: mixing dtypes or ranks is an error.
+os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+
+# The same examples in every run and no time limits: CI's two cores are shared.
+# To explore with fresh examples: --hypothesis-profile=default.
+settings.register_profile("ci", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("ci")
+
+
+def selects(mark_expression: str, mark: str) -> bool:
+    """Whether `-m mark_expression` asks for tests marked `mark`: the mark stands there without a `not` before it."""
+    return re.search(rf"(?<!not )\b{mark}\b", mark_expression) is not None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Chooses the CPU before JAX is imported, unless the run asks for GPU tests."""
+    expression = config.option.markexpr
+    if not (selects(expression, "gpu") or selects(expression, "multigpu")):
+        os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Refuses a GPU run on a machine that cannot serve it: such a run must not end as a row of skips."""
+    expression = session.config.option.markexpr
+    needed = 2 if selects(expression, "multigpu") else int(selects(expression, "gpu"))
+    if needed:
+        import jax
+
+        found = [device for device in jax.devices() if device.platform == "gpu"]
+        if len(found) < needed:
+            raise pytest.UsageError(
+                f"-m {expression!r} needs {needed} GPU(s); JAX sees {jax.devices()}. "
+                "On a GPU machine run ./dev install cuda13 (or cuda12) first."
+            )
