@@ -71,10 +71,8 @@ class Checkpoint:
         config = read_json(path / CONFIG_NAME)
         weight_map = _read_weight_map(path / INDEX_NAME, listing) if INDEX_NAME in listing else None
         present = [name for name in listing if name.endswith(".safetensors")]
-        if weight_map is None:
-            used = [name for name in present if not name.startswith(".")]
-        else:
-            used = sorted(set(weight_map.values()))
+        visible = [name for name in present if not name.startswith(".")]
+        used = visible if weight_map is None else sorted(set(weight_map.values()))
         if not used:
             raise CheckpointError(f"{path} has no *.safetensors file")
         tensors: dict[str, TensorInfo] = {}

@@ -1,8 +1,9 @@
 """The model's configuration, read from a Hugging Face ``config.json`` of type ``glm_moe_dsa``.
 
-Every key of the file falls in one of four classes: *sizes* that this code uses, *fixed* keys whose value must be the one this code
-computes, keys that are *derived* from others and must agree with them, and *harmless* keys that do not change inference. A key in
-none of them is refused unless it is null, because a switch nobody read may change the arithmetic silently.
+Every key of the file falls in one of four classes: *sizes* that this code uses, *fixed* keys whose value must be the one this
+code computes, *structured* keys that get a function each (an explicit list of layer kinds wins over the rule it follows from), and
+*harmless* keys that do not change inference. A key in none of them is refused unless it is null, because a switch nobody read may
+change the arithmetic silently.
 
 Source of the keys: the configs of GLM-5, 5.1 and 5.2 and transformers' ``GlmMoeDsaConfig``.
 """
@@ -149,7 +150,7 @@ _FIXED: dict[str, Any] = {
     "chunk_size_feed_forward": 0,
 }
 
-_DERIVED = (
+_STRUCTURED = (
     *(
         "model_type",
         "rms_norm_eps",
@@ -227,7 +228,7 @@ _HARMLESS = frozenset(
         *("temperature", "top_p", "top_k", "do_sample", "num_beams", "max_length", "min_length", "repetition_penalty"),
     }
 )
-_KNOWN = frozenset(_SIZES) | frozenset(_FIXED) | frozenset(_DERIVED) | _HARMLESS
+_KNOWN = frozenset(_SIZES) | frozenset(_FIXED) | frozenset(_STRUCTURED) | _HARMLESS
 # Cache classes of transformers, one per layer: they name a storage, not an arithmetic.
 _LAYER_TYPES = frozenset({"indexed_attention", "deepseek_sparse_attention", "full_attention"})
 
@@ -245,8 +246,9 @@ def _refuse_unknown(hf: Mapping[str, Any]) -> None:
 def _check_fixed(hf: Mapping[str, Any]) -> None:
     for key, value in _FIXED.items():
         found = hf.get(key, value)
-        # A null means "not set" in these files, except that true/false switches are compared as they stand.
-        if found is None or (found == value and isinstance(found, bool) == isinstance(value, bool)):
+        # A null means "not set" in these files; for a switch that must be on it would mean off.
+        unset = found is None and value is not True
+        if unset or (found == value and isinstance(found, bool) == isinstance(value, bool)):
             continue
         raise ConfigError(f"{key}={found!r} is not supported: must be {value!r}")
 
@@ -318,11 +320,13 @@ def _indexer_types(hf: Mapping[str, Any], layers: int) -> tuple[str, ...]:
         types = _layer_list(hf, "indexer_types", layers, (FULL, SHARED))
     elif hf.get("index_topk_pattern") is not None:
         pattern = hf["index_topk_pattern"]
-        if not isinstance(pattern, str | list) or len(pattern) < layers or set(pattern) - set("FS"):
+        if not isinstance(pattern, str | list) or len(pattern) != layers or any(c not in ("F", "S") for c in pattern):
             raise ConfigError(f"index_topk_pattern={pattern!r} must hold one F or S for each of {layers} layers")
-        types = tuple(FULL if c == "F" else SHARED for c in pattern[:layers])
+        types = tuple(FULL if c == "F" else SHARED for c in pattern)
     else:
-        freq = max(_count(hf, "index_topk_freq", 1), 1)
+        freq = _count(hf, "index_topk_freq", 1)
+        if freq < 1:
+            raise ConfigError(f"index_topk_freq={freq} must be at least 1")
         # transformers' own default offset; it has no effect at freq 1.
         offset = _count(hf, "index_skip_topk_offset", 2)
         types = tuple(FULL if max(i - offset + 1, 0) % freq == 0 else SHARED for i in range(layers))
@@ -350,6 +354,8 @@ def _quantised(hf: Mapping[str, Any]) -> bool:
     quant = hf.get("quantization_config")
     if quant is None:
         return False
+    if not isinstance(quant, Mapping):
+        raise ConfigError(f"quantization_config={quant!r} must be an object")
     wanted = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
     for key, value in wanted.items():
         found = quant.get(key, value if key == "fmt" else None)
@@ -368,8 +374,9 @@ def _check_consistent(hf: Mapping[str, Any], config: Config) -> None:
     for key, value in agree.items():
         if hf.get(key) not in (None, value):
             raise ConfigError(f"{key}={hf[key]!r} contradicts the other fields, which give {value}")
-    if hf.get("layer_types") is not None and set(hf["layer_types"]) - _LAYER_TYPES:
-        raise ConfigError(f"layer_types={hf['layer_types']!r} is not supported: known are {sorted(_LAYER_TYPES)}")
+    kinds = hf.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind not in _LAYER_TYPES for kind in kinds):
+        raise ConfigError(f"layer_types={kinds!r} is not supported: known are {sorted(_LAYER_TYPES)}")
     if config.qk_rope_head_dim % 2 or config.qk_rope_head_dim > config.index_head_dim:
         raise ConfigError(
             f"qk_rope_head_dim={config.qk_rope_head_dim} must be even and at most index_head_dim={config.index_head_dim}"

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -129,34 +130,34 @@ def _dtype(leaf: Leaf, stored: set[str], dtype: str, weights: Storage) -> jnp.dt
 
 
 def _stream(checkpoint: Checkpoint, config: Config, targets: list[_Target], progress: Progress | None) -> None:
-    files = {file: i for i, file in enumerate(checkpoint.files)}
-    tasks = [(target, source) for target in targets for source in target.leaf.sources]
+    def file_of(task: tuple[_Target, Source]) -> Path:
+        return checkpoint.tensors[task[1].tensor].file
 
-    def position(task: tuple[_Target, Source]) -> tuple[int, int]:
-        info = checkpoint.tensors[task[1].tensor]
-        return files[info.file], info.begin
+    def position(task: tuple[_Target, Source]) -> tuple[Path, int]:
+        return file_of(task), checkpoint.tensors[task[1].tensor].begin
 
-    tasks.sort(key=position)
-    last_use = {file: i for i, (_, source) in enumerate(tasks) for file in _files(checkpoint, source)}
+    tasks = sorted(((target, source) for target in targets for source in target.leaf.sources), key=position)
     total = sum(_nbytes(checkpoint, source) for _, source in tasks)
     done = in_flight = 0
-    for i, (target, source) in enumerate(tasks):
-        _place_source(checkpoint, config, target, source)
-        size = _nbytes(checkpoint, source)
-        done, in_flight = done + size, in_flight + size
-        if in_flight >= _IN_FLIGHT:
-            target.data.block_until_ready()
-            in_flight = 0
-        for file in _files(checkpoint, source):
-            if last_use[file] == i:
+    for _, group in groupby(tasks, key=file_of):
+        touched: set[Path] = set()
+        for target, source in group:
+            _place_source(checkpoint, config, target, source)
+            touched |= _files(checkpoint, source)
+            size = _nbytes(checkpoint, source)
+            done, in_flight = done + size, in_flight + size
+            if in_flight >= _IN_FLIGHT:
                 target.data.block_until_ready()
-                checkpoint.release(file)
-        if progress is not None:
-            progress(done, total, source.tensor)
-    jax.block_until_ready([t.data for t in targets])
+                in_flight = 0
+            if progress is not None:
+                progress(done, total, source.tensor)
+        # Scales may lie in other files: those are let go too, and mapped again when their turn comes.
+        jax.block_until_ready([target.data for target in targets])
+        for file in touched:
+            checkpoint.release(file)
 
 
-def _files(checkpoint: Checkpoint, source: Source) -> Iterable[Path]:
+def _files(checkpoint: Checkpoint, source: Source) -> set[Path]:
     names = (source.tensor, source.tensor + SCALE_SUFFIX)
     return {checkpoint.tensors[name].file for name in names if name in checkpoint.tensors}
 
@@ -189,8 +190,12 @@ def _start(buffer: jax.Array, source: Source) -> np.ndarray:
 @partial(jax.jit, donate_argnums=0)
 def _place(buffer: jax.Array, start: jax.Array, value: jax.Array) -> jax.Array:
     """buffer[start] = value, in place."""
-    block = value.reshape((1,) * (buffer.ndim - value.ndim) + value.shape)
-    return jax.lax.dynamic_update_slice(buffer, block.astype(buffer.dtype), tuple(start))
+    block = value.reshape((1,) * (buffer.ndim - value.ndim) + value.shape).astype(buffer.dtype)
+    if buffer.dtype != jnp.float8_e4m3fn:
+        return jax.lax.dynamic_update_slice(buffer, block, tuple(start))
+    # As bytes: XLA's CPU backend widens an FP8 update, and with it the whole buffer, every time.
+    raw, block = (jax.lax.bitcast_convert_type(a, jnp.uint8) for a in (buffer, block))
+    return jax.lax.bitcast_convert_type(jax.lax.dynamic_update_slice(raw, block, tuple(start)), buffer.dtype)
 
 
 @partial(jax.jit, donate_argnums=0, static_argnums=4)

@@ -29,8 +29,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"temperature={self.temperature} must be finite and >= 0")
-        if self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k} must be >= 0 (0 keeps all)")
+        if not isinstance(self.top_k, int) or self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} must be an integer >= 0 (0 keeps all)")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
         if not 0 <= self.min_p <= 1:
@@ -58,7 +58,7 @@ def sampling_state(sampling: Sampling, batch: int) -> SamplingState:
     base = jax.random.key(sampling.seed)
     return SamplingState(
         temperature=jnp.full((batch,), sampling.temperature, jnp.float32),
-        top_k=jnp.full((batch,), sampling.top_k, jnp.int32),
+        top_k=jnp.full((batch,), min(sampling.top_k, 2**31 - 1), jnp.int32),
         top_p=jnp.full((batch,), sampling.top_p, jnp.float32),
         min_p=jnp.full((batch,), sampling.min_p, jnp.float32),
         key=jax.vmap(lambda i: jax.random.fold_in(base, i))(jnp.arange(batch, dtype=jnp.uint32)),
@@ -72,14 +72,17 @@ def sample(logits: jax.Array, state: SamplingState, positions: jax.Array) -> jax
 
 def _sample_one(logits: jax.Array, state: SamplingState, position: jax.Array) -> jax.Array:
     greedy = jnp.argmax(logits).astype(jnp.int32)
-    scaled = logits / jnp.where(state.temperature > 0, state.temperature, 1.0)
-    # Stable by construction: equal logits go to the lower token.
+    # The largest becomes 0, so that no temperature overflows; -0.0, which lax.top_k would rank below 0.0, becomes 0.0.
+    peak = jnp.max(logits)
+    shifted = logits - jnp.where(jnp.isfinite(peak), peak, 0.0)
+    scaled = jnp.where(shifted == 0, 0.0, shifted / jnp.where(state.temperature > 0, state.temperature, 1.0))
+    # Equal logits go to the lower token.
     ranked, order = jax.lax.top_k(scaled, scaled.shape[0])
     rank = jnp.arange(ranked.shape[0], dtype=jnp.int32)
     keep = (state.top_k == 0) | (rank < state.top_k)
     probability = jax.nn.softmax(jnp.where(keep, ranked, -jnp.inf))
-    # The token that crosses top_p is kept: what counts is the mass before it.
-    keep &= (jnp.cumsum(probability) - probability < state.top_p) | (rank == 0)
+    # The token that crosses top_p is kept: what counts is the mass before it. A float32 sum reaches 1 before the tail does.
+    keep &= (jnp.cumsum(probability) - probability < state.top_p) | (rank == 0) | (state.top_p >= 1)
     keep &= probability >= state.min_p * probability[0]
     noise = jax.random.gumbel(jax.random.fold_in(state.key, position), ranked.shape, jnp.float32)
     drawn = order[jnp.argmax(jnp.where(keep, ranked + noise, -jnp.inf))].astype(jnp.int32)

@@ -9,6 +9,8 @@ from hypothesis import HealthCheck, settings
 # Read by JAX when it is imported, here and in the processes that tests start: mixing dtypes or ranks is an error.
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+# Most of the suite's time is LLVM's; unoptimized code is as exact.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 # The same examples in every run and no time limits: CI's two cores are shared.
 # To explore with fresh examples: --hypothesis-profile=default.

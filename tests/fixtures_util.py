@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 import glm52_jax
+from glm52_jax import loader
 from pallas_kernels.compare import rel_l2
 from tests.oracle.models import FIXTURES, MODELS, FixtureModel
 
@@ -55,3 +59,16 @@ def assert_matches(name: str, model: glm52_jax.Model) -> None:
         else:
             error = rel_l2(got[key], want[key])
             assert error <= TOLERANCE, f"{key}: {error:.2e}"
+
+
+def assert_placed_in_place(dtype: str) -> None:
+    """The loader's update of a large stack, compiled (not run): aliases the stack, needs no temporary and widens nothing."""
+    stack = jax.ShapeDtypeStruct((4, 64, 2, 2048, 1024), jnp.dtype(dtype))
+    value = jax.ShapeDtypeStruct((2048, 1024), jnp.dtype(dtype))
+    compiled = loader._place.lower(stack, jax.ShapeDtypeStruct((5,), jnp.int32), value).compile()
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes == stack.size * stack.dtype.itemsize
+    assert memory.temp_size_in_bytes <= 4 * value.size * value.dtype.itemsize, memory
+    kinds = set(re.findall(r"(\w+)\[4,64,2,2048,1024\]", compiled.as_text()))
+    own = {"float8_e4m3fn": {"f8e4m3fn", "u8"}, "bfloat16": {"bf16"}, "float32": {"f32"}}[dtype]
+    assert kinds <= own, f"the whole stack passes through {sorted(kinds - own)}"

@@ -21,6 +21,7 @@ import safetensors
 import torch
 import transformers
 from models import FIXTURES, FixtureModel
+from safetensors.numpy import save_file
 from torch.overrides import TorchFunctionMode
 from transformers.models.glm_moe_dsa import modeling_glm_moe_dsa as official
 
@@ -115,12 +116,72 @@ def selection_margins(scores: np.ndarray, k: int) -> np.ndarray:
     return margins
 
 
+class OfficialMtp(torch.nn.Module):
+    """The MTP layer around the official decoder layer (transformers has no MTP code). Source: spec section 6.
+
+    network: the official model with a single layer, the checkpoint's MTP layer; its final norm holds shared_head.norm, its
+    embedding and head are the main model's. Around it only the two norms and eh_proj are added.
+    """
+
+    def __init__(self, checkpoint: Path, scratch: Path) -> None:
+        """Loads the layer of `checkpoint`, by way of a one-layer checkpoint written to `scratch`, which must not exist."""
+        super().__init__()
+        config = json.loads((checkpoint / "config.json").read_text())
+        prefix = f"model.layers.{config['num_hidden_layers']}."
+        tensors = {name: x.astype(np.float32) for name, x in models.tiny.read_checkpoint(checkpoint).items()}
+        own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+        enorm, hnorm, eh_proj, norm = (
+            own.pop(f"{name}.weight") for name in ("enorm", "hnorm", "eh_proj", "shared_head.norm")
+        )
+        single = {f"model.layers.0.{name}": x for name, x in own.items()} | {"model.norm.weight": norm}
+        single |= {name: tensors[name] for name in ("model.embed_tokens.weight", "lm_head.weight")}
+        scratch.mkdir()
+        save_file(single, scratch / "model.safetensors", {"format": "pt"})
+        kinds = {"num_hidden_layers": 1, "indexer_types": ["full"], "mlp_layer_types": ["sparse"]}
+        (scratch / "config.json").write_text(json.dumps({**config, **kinds, "dtype": "float32"}))
+        self.network = load_official(scratch, 1)
+        self.enorm, self.hnorm = (self._norm(weight, config["rms_norm_eps"]) for weight in (enorm, hnorm))
+        self.eh_proj = torch.nn.Linear(*eh_proj.shape[::-1], bias=False)
+        self.eh_proj.weight.data = torch.tensor(eh_proj)
+
+    @staticmethod
+    def _norm(weight: np.ndarray, eps: float) -> official.GlmMoeDsaRMSNorm:
+        norm = official.GlmMoeDsaRMSNorm(len(weight), eps)
+        norm.weight.data = torch.tensor(weight)
+        return norm
+
+    def embed(self, successors: torch.Tensor) -> torch.Tensor:
+        """Returns [T - 1, hidden]: embeddings of the tokens at 1..T-1, zero at position 0."""
+        embedded = self.network.model.embed_tokens(successors)
+        embedded[0] = 0
+        return embedded
+
+    def join(self, embedded: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Returns [T - 1, 2 * hidden], the input of eh_proj."""
+        return torch.cat([self.enorm(embedded), self.hnorm(hidden)], dim=-1)
+
+    def forward(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Returns logits [T - 1, vocab] at positions 0..T-2; ids [T]; hidden [T, hidden]: the main model's, final-normed."""
+        x = self.eh_proj(self.join(self.embed(ids[1:]), hidden[:-1]))
+        return self.network(inputs_embeds=x[None], use_cache=False).logits[0]
+
+    def run(self, ids: torch.Tensor, hidden: torch.Tensor) -> Arrays:
+        """Returns mtp_logits, mtp_topk, mtp_experts and the margins of the two choices (README.md)."""
+        arrays: Arrays = {}
+        attach_recorders(self.network, arrays)
+        logits = self(ids, hidden).numpy()
+        kept = ("topk", "topk_margin", "experts", "experts_margin")
+        return {"mtp_logits": logits} | {f"mtp_{name}": arrays[f"{name}.0"] for name in kept}
+
+
 def run_model(
-    model: FixtureModel, change: Callable[[official.GlmMoeDsaForCausalLM], None] = lambda network: None
+    model: FixtureModel,
+    change: Callable[[official.GlmMoeDsaForCausalLM], None] = lambda network: None,
+    change_mtp: Callable[[OfficialMtp], None] = lambda mtp: None,
 ) -> tuple[Arrays, dict[str, Any]]:
     """Writes the model's checkpoint, runs it in the official code; returns the arrays and the record for digests.json.
 
-    change: applied to the loaded network before it runs (sensitivity.py's faults).
+    change, change_mtp: applied to the loaded network and MTP layer before they run (sensitivity.py's faults).
     """
     arrays: Arrays = {}
     with tempfile.TemporaryDirectory() as temporary:
@@ -133,17 +194,26 @@ def run_model(
             record["twin"] = models.checkpoint_digests(twin)
             directory = twin
         network = load_official(directory, model.config()["num_hidden_layers"])
+        mtp = OfficialMtp(directory, Path(temporary) / "mtp") if model.mtp else None
     change(network)
     attach_recorders(network, arrays)
+    ids, final = torch.tensor(model.ids()), []
+    network.model.norm.register_forward_hook(lambda module, inputs, output: final.append(output[0]))
     with torch.no_grad():
-        arrays["logits"] = network(torch.tensor([model.ids()]), use_cache=False).logits[0].numpy()
+        arrays["logits"] = network(ids[None], use_cache=False).logits[0].numpy()
+        if mtp is not None:
+            change_mtp(mtp)
+            arrays |= mtp.run(ids, final[0])
     record["ids"] = model.ids()
-    record["min_margin"] = {kind: _smallest(arrays, kind) for kind in ("topk_margin", "experts_margin")}
+    record["min_margin"] = smallest_margins(arrays)
     return arrays, record
 
 
-def _smallest(arrays: Arrays, kind: str) -> float:
-    return float(min(x.min() for name, x in arrays.items() if name.startswith(kind + ".")))
+def smallest_margins(arrays: Arrays) -> dict[str, float]:
+    """Returns {kind: smallest margin} over the layers, for each kind of margin among the arrays; MTP's by themselves."""
+    kinds = ("topk_margin", "experts_margin", "mtp_topk_margin", "mtp_experts_margin")
+    found = {kind: [x.min() for name, x in arrays.items() if name.split(".")[0] == kind] for kind in kinds}
+    return {kind: float(min(margins)) for kind, margins in found.items() if margins}
 
 
 def run_rope() -> tuple[Arrays, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 Runs in make_golden.py's environment: `python tests/oracle/sensitivity.py [NAME ...]`. A column per fixture: the
 relative 2-norm of the change in the logits, then the rows of top-k sets and of expert sets that change, in percent.
+A second table does the same for faults of the MTP layer, on the draft logits and the layer's own choices.
 """
 
 import sys
@@ -16,7 +17,7 @@ import models
 import numpy as np
 import torch
 import transformers
-from make_golden import Arrays, run_model
+from make_golden import Arrays, OfficialMtp, run_model
 from transformers.models.glm_moe_dsa import modeling_glm_moe_dsa as official
 
 Network = official.GlmMoeDsaForCausalLM
@@ -131,6 +132,71 @@ FAULTS: dict[str, Callable[[Network], None]] = {
 }
 
 
+def shift_rope(mtp: OfficialMtp, which: str) -> None:
+    """Rotates the queries, the keys or both of the MTP layer, in its attention and its indexer, at position p + 1."""
+    rope = mtp.network.model.rotary_emb
+
+    def rotated(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, **kwargs: Any) -> tuple:
+        later = rope(q, position_ids=torch.arange(1, cos.shape[1] + 1)[None])
+        moved = rotate(q, k, *later, **kwargs)
+        right = rotate(q, k, cos, sin, **kwargs)
+        return tuple(m if name in which else r for name, m, r in zip("qk", moved, right, strict=True))
+
+    run = mtp.forward
+
+    def forward(*args: Any) -> torch.Tensor:
+        with patch.object(official, "apply_rotary_pos_emb_interleave", rotated):
+            return run(*args)
+
+    mtp.forward = forward
+
+
+def reuse_selection(mtp: OfficialMtp, clean: Arrays) -> None:
+    """Makes the MTP layer attend to the set of the main model's last full layer."""
+    last = max((name for name in clean if name.startswith("topk.")), key=lambda name: int(name.split(".")[1]))
+    chosen = clean[last][:-1]
+    # The last position is beyond every row that has room left: the causal mask takes it out again.
+    chosen = torch.tensor(np.where(chosen < 0, len(chosen) - 1, chosen))[None]
+    indexer = mtp.network.model.layers[0].self_attn.indexer
+    own = indexer.forward
+    indexer.forward = lambda *args, **kwargs: (own(*args, **kwargs), chosen)[1]
+
+
+def replace_hidden(mtp: OfficialMtp, clean: Arrays) -> None:
+    """Feeds the residual stream before the main model's final norm."""
+    last = max((name for name in clean if name.startswith("hidden.")), key=lambda name: int(name.split(".")[1]))
+    forward = mtp.forward
+    mtp.forward = lambda ids, hidden: forward(ids, torch.tensor(clean[last]))
+
+
+def replace(owner: Any, name: str, function: Callable) -> None:
+    """Replaces a method of the MTP layer, or a norm."""
+    setattr(owner, name, function)
+
+
+MTP_FAULTS: dict[str, Callable[[OfficialMtp, Arrays], None]] = {
+    "hidden before model.norm": replace_hidden,
+    "embedding not zeroed at 0": lambda m, clean: replace(m, "embed", m.network.model.embed_tokens.forward),
+    "token at p, not p + 1": lambda m, clean: replace(
+        m, "forward", lambda ids, hidden: OfficialMtp.forward(m, torch.cat([ids[:1], ids[:-1]]), hidden)
+    ),
+    "hidden half first": lambda m, clean: replace(
+        m, "join", lambda e, h: OfficialMtp.join(m, e, h).roll(h.shape[-1], -1)
+    ),
+    "model's selection reused": reuse_selection,
+    "queries rotated at p + 1": lambda m, clean: shift_rope(m, "q"),
+    "queries and keys at p + 1": lambda m, clean: shift_rope(m, "qk"),
+    "shared_head.norm twice": lambda m, clean: replace(
+        m.network.model, "norm", torch.nn.Sequential(m.network.model.norm, m.network.model.norm)
+    ),
+    "shared_head.norm left out": lambda m, clean: replace(m.network.model, "norm", torch.nn.Identity()),
+    "shared_head.norm eps 1e-6": lambda m, clean: set_eps(m.network, "model.norm", 1e-6),
+    "enorm eps 1e-6": lambda m, clean: set_eps(m, "enorm", 1e-6),
+    "hnorm eps 1e-6": lambda m, clean: set_eps(m, "hnorm", 1e-6),
+    "latent norms' eps 1e-5": lambda m, clean: set_eps(m, "_a_layernorm", 1e-5),
+}
+
+
 @contextmanager
 def module_patches(fault: str) -> Iterator[None]:
     """Patches the functions of the official module that a fault replaces; does nothing for the others."""
@@ -147,14 +213,26 @@ def module_patches(fault: str) -> Iterator[None]:
 
 def changed_rows(new: Arrays, old: Arrays, kind: str) -> float:
     """Returns the percentage of rows whose set differs, over all arrays of a kind."""
-    differ = [(np.sort(new[k], -1) != np.sort(old[k], -1)).any(-1) for k in old if k.startswith(kind + ".")]
+    differ = [(np.sort(new[k], -1) != np.sort(old[k], -1)).any(-1) for k in old if k.split(".")[0] == kind]
     return 100 * float(np.concatenate(differ).mean())
+
+
+def cell(new: Arrays, old: Arrays, prefix: str = "") -> str:
+    """Returns the table's entry for one fault on one fixture; prefix "mtp_" compares the MTP layer's arrays."""
+    logits = prefix + "logits"
+    error = np.linalg.norm(new[logits] - old[logits]) / np.linalg.norm(old[logits])
+    topk, experts = (changed_rows(new, old, prefix + kind) for kind in ("topk", "experts"))
+    return f"{error:.1e} {topk:3.0f}% {experts:3.0f}%"
+
+
+def print_row(first: str, cells: list[str]) -> None:
+    print(first.ljust(30) + "".join(text.ljust(22) for text in cells).rstrip(), flush=True)
 
 
 def main(names: list[str]) -> None:
     chosen = [m for m in models.MODELS if not names or m.name in names]
     clean = {m.name: run_model(m)[0] for m in chosen}
-    print("fault".ljust(30) + "".join(m.name.ljust(22) for m in chosen))
+    print_row("fault", [m.name for m in chosen])
     for fault, change in FAULTS.items():
         cells = []
         for model in chosen:
@@ -162,12 +240,14 @@ def main(names: list[str]) -> None:
                 cells.append("-")
                 continue
             with module_patches(fault):
-                arrays = run_model(model, change)[0]
-            old = clean[model.name]
-            error = np.linalg.norm(arrays["logits"] - old["logits"]) / np.linalg.norm(old["logits"])
-            topk, experts = (changed_rows(arrays, old, kind) for kind in ("topk", "experts"))
-            cells.append(f"{error:.1e} {topk:3.0f}% {experts:3.0f}%")
-        print(fault.ljust(30) + "".join(cell.ljust(22) for cell in cells), flush=True)
+                cells.append(cell(run_model(model, change)[0], clean[model.name]))
+        print_row(fault, cells)
+    if with_mtp := [m for m in chosen if m.mtp]:
+        print()
+        print_row("fault of the MTP layer", [m.name for m in with_mtp])
+    for fault, change_mtp in MTP_FAULTS.items() if with_mtp else ():
+        runs = {m.name: run_model(m, change_mtp=partial(change_mtp, clean=clean[m.name]))[0] for m in with_mtp}
+        print_row(fault, [cell(arrays, clean[name], "mtp_") for name, arrays in runs.items()])
 
 
 if __name__ == "__main__":

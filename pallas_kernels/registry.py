@@ -1,0 +1,133 @@
+"""Which backend serves a call: data first, one decision, its reason kept.
+
+A backend states what it supports; ``resolve`` takes the first one that does not refuse, from static shapes and a GPU alone.
+Nothing here catches an error of a kernel: a broken kernel must never turn into the reference by itself.
+
+What an operation's folder offers, so that calls, tests and ``python -m bench`` find it:
+
+``pallas_kernels/<op>/__init__.py``
+  * the public function: argument checks, then ``registry.call("<op>", BACKENDS, spec, args, forced=backend)``;
+  * ``BACKENDS: tuple[Backend, ...]``, fastest first, "reference" last. ``load()`` imports the kernel's file and returns
+    ``run(spec, *args) -> outputs`` (an array or a pytree of arrays).
+
+``pallas_kernels/<op>/spec.py`` (neither it nor ``__init__`` imports a kernel language)
+  * ``Spec``: frozen dataclass of static sizes and arithmetic, with a field ``rows: int``, and ``layers: int`` where weights or
+    caches are stacked; methods ``flops() -> int`` and ``bytes() -> int``: of one call, with one layer of the stack read once
+    (for the roofline, so count what must move: weights, scales, inputs, outputs);
+  * ``CASES: dict[str, Spec]``: the real shapes by name, at ``rows=1`` and ``layers=1``; the bench replaces ``rows`` by 1 .. 128
+    and ``layers`` by enough copies to pass three times the L2;
+  * ``inputs(spec, key) -> tuple``: the arguments ``args`` of one call, arrays or pytrees of arrays, made on the device from a PRNG
+    key (jit it inside where it is large). Everything the public function would pass after ``spec``.
+  Optional, the bench looks for them by name:
+  * ``ROWS: tuple[int, ...]``: the rows to sweep instead of 1, 2, 4, ..., 128;
+  * ``advance(spec, args, out, i) -> args``: the arguments of the i-th call of a timing chain (i >= 1) given those and the outputs
+    of the call before: the next layer of the stack (``i % spec.layers`` as an int32 scalar), an updated cache. Without
+    it every call has the same arguments and the record says "L2 warm";
+  * ``STATE: tuple[int, ...]``: positions in ``args`` of buffers that are updated in place and come out of ``advance``; the
+    bench donates them;
+  * ``TOLERANCE: dict[str, float]`` by backend name, or ``tolerance(spec, backend) -> float``: the largest relative L2 error
+    against the reference (each output leaf); 1e-2 where neither exists;
+  * ``comparable(spec, out) -> pytree``: outputs as float arrays where they are packed bytes;
+  * ``RIVALS: dict[str, dict[str, dict[int, float]]]``: case -> who ("OpenInfer CUDA", "target") -> rows -> microseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import jax
+
+from pallas_kernels import arch as archs
+from pallas_kernels.arch import Arch
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a backend cannot serve a spec on a GPU: one sentence with the numbers."""
+
+    reason: str
+
+
+class BackendRefused(ValueError):
+    """No backend, or not the forced one, can serve this call; the message has every refusal."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an operation.
+
+    name: "reference", "triton", "mosaic_sm90", "gluon".
+    supports: (spec, arch) -> None, or a Refusal; arch None means that the device is no NVIDIA GPU. Pure, cheap, imports nothing.
+    load: imports the kernel's file on first use and returns its function ``run(spec, *args)``.
+    """
+
+    name: str
+    supports: Callable[[Any, Arch | None], Refusal | None]
+    load: Callable[[], Callable[..., Any]]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The decision for one call: which backend, and why that one."""
+
+    operation: str
+    backend: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.operation}: {self.backend} ({self.reason})"
+
+
+class _DefaultDevice:
+    pass
+
+
+DEFAULT_DEVICE: Final = _DefaultDevice()
+
+
+def resolve(
+    operation: str,
+    backends: tuple[Backend, ...],
+    spec: Any,
+    arch: Arch | _DefaultDevice | None = DEFAULT_DEVICE,
+    forced: str | None = None,
+) -> Choice:
+    """Chooses the first backend, in the order given, that does not refuse.
+
+    arch: the GPU to choose for; the default device's unless given; None is a device that is no NVIDIA GPU.
+    forced: the only backend to consider. Raises ValueError for an unknown name.
+    Raises BackendRefused where the forced backend, or every backend, refuses.
+    """
+    target = archs.default_arch() if isinstance(arch, _DefaultDevice) else arch
+    where = target.name if target else "no NVIDIA GPU"
+    if forced is not None:
+        refusal = _by_name(operation, backends, forced).supports(spec, target)
+        if refusal:
+            raise BackendRefused(f"{operation}: backend {forced!r} refuses {spec} on {where}: {refusal.reason}")
+        return Choice(operation, forced, "forced")
+    refusals: list[str] = []
+    for backend in backends:
+        refusal = backend.supports(spec, target)
+        if refusal is None:
+            return Choice(operation, backend.name, "; ".join(refusals) or f"first choice on {where}")
+        refusals.append(f"{backend.name} refused: {refusal.reason}")
+    raise BackendRefused(f"{operation}: no backend serves {spec} on {where}: {'; '.join(refusals)}")
+
+
+def call(
+    operation: str, backends: tuple[Backend, ...], spec: Any, args: tuple[Any, ...], forced: str | None = None
+) -> Any:
+    """Resolves for the default device, loads that backend and runs it; under ``jax.jit`` all of it happens at trace time."""
+    choice = resolve(operation, backends, spec, forced=forced)
+    run = _by_name(operation, backends, choice.backend).load()
+    with jax.named_scope(f"{operation}.{choice.backend}"):
+        return run(spec, *args)
+
+
+def _by_name(operation: str, backends: tuple[Backend, ...], name: str) -> Backend:
+    for backend in backends:
+        if backend.name == name:
+            return backend
+    raise ValueError(f"{operation}: unknown backend {name!r}: there are {', '.join(b.name for b in backends)}")

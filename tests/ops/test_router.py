@@ -1,0 +1,85 @@
+"""The router against numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.router import route
+from tests.ops.numpy_ops import assert_close, normal, to_jnp, wide
+
+LAYERS, ROWS, HIDDEN, EXPERTS, K, SCALE = 2, 16, 48, 24, 6, 2.5
+run = jax.jit(route, static_argnames=("k", "scale"))
+X, GATE = normal(0, ROWS, HIDDEN), normal(1, LAYERS, EXPERTS, HIDDEN, scale=0.3)
+BIAS = normal(2, LAYERS, EXPERTS, scale=0.5)
+LAYER = jnp.asarray(1, jnp.int32)
+
+
+def expected(x: np.ndarray, gate: np.ndarray, bias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    scores = 1 / (1 + np.exp(-wide(x) @ wide(gate).T))
+    biased = scores + wide(bias)
+    ids = np.array([sorted(range(len(bias)), key=lambda e: (-row[e], e))[:K] for row in biased])
+    chosen = np.take_along_axis(scores, ids, -1)
+    return ids, chosen / (chosen.sum(-1, keepdims=True) + 1e-20) * SCALE
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_route(dtype: str) -> None:
+    x, gate = to_jnp(X, dtype), to_jnp(GATE, dtype)
+    ids, weights = run(x, gate, jnp.asarray(BIAS), LAYER, k=K, scale=SCALE)
+    want_ids, want_weights = expected(wide(x), wide(gate)[1], BIAS[1])
+    assert (ids.dtype, weights.dtype, ids.shape) == (jnp.int32, jnp.float32, (ROWS, K))
+    np.testing.assert_array_equal(np.asarray(ids), want_ids)
+    assert_close(weights, want_weights)
+    np.testing.assert_allclose(wide(weights).sum(-1), SCALE, rtol=1e-6)
+
+
+def test_the_bias_chooses_and_does_not_weigh() -> None:
+    bias = np.zeros((LAYERS, EXPERTS), np.float32)
+    bias[1, [3, 20]], bias[1, 7] = 100.0, -100.0
+    ids, weights = run(jnp.asarray(X), jnp.asarray(GATE), jnp.asarray(bias), LAYER, k=K, scale=SCALE)
+    want_ids, want_weights = expected(X, GATE[1], bias[1])
+    assert all({3, 20} <= set(row) and 7 not in row for row in np.asarray(ids).tolist())
+    np.testing.assert_array_equal(np.sort(np.asarray(ids)), np.sort(want_ids))
+    got = np.take_along_axis(np.asarray(weights), np.argsort(np.asarray(ids)), -1)
+    assert_close(got, np.take_along_axis(want_weights, np.argsort(want_ids), -1))
+    # Without the bias other experts are chosen: both facts carry weight.
+    free, _ = run(jnp.asarray(X), jnp.asarray(GATE), jnp.zeros_like(bias), LAYER, k=K, scale=SCALE)
+    assert (np.sort(np.asarray(free)) != np.sort(np.asarray(ids))).any()
+
+
+def test_ties_go_to_the_lower_id() -> None:
+    ids, weights = run(
+        jnp.zeros((ROWS, HIDDEN)), jnp.asarray(GATE), jnp.zeros((LAYERS, EXPERTS)), LAYER, k=K, scale=SCALE
+    )
+    np.testing.assert_array_equal(np.asarray(ids), np.tile(np.arange(K), (ROWS, 1)))
+    np.testing.assert_allclose(np.asarray(weights), SCALE / K, rtol=1e-6)
+
+
+def test_equal_biased_scores_tie_too() -> None:
+    bias = np.zeros((LAYERS, EXPERTS), np.float32)
+    bias[1, [22, 5, 11]], bias[1, :3] = 1.0, -1.0
+    ids, _ = run(jnp.zeros((ROWS, HIDDEN)), jnp.asarray(GATE), jnp.asarray(bias), LAYER, k=K, scale=SCALE)
+    assert np.asarray(ids)[0].tolist() == [5, 11, 22, 3, 4, 6]
+
+
+def test_vanishing_scores_give_finite_weights() -> None:
+    """sigmoid(-200) is 0 in float32: the 1e-20 in the sum keeps 0 / 0 away."""
+    gate = np.full((LAYERS, EXPERTS, HIDDEN), -200 / HIDDEN, np.float32)
+    _, weights = run(jnp.ones((ROWS, HIDDEN)), jnp.asarray(gate), jnp.asarray(BIAS), LAYER, k=K, scale=SCALE)
+    assert not np.asarray(weights).any()
+
+
+def test_bfloat16_inputs_are_multiplied_in_float32() -> None:
+    """Two experts 1e-4 apart, which bfloat16 logits would merge (trap 9)."""
+    gate = np.zeros((LAYERS, EXPERTS, HIDDEN), np.float32)
+    gate[1, :, 0], gate[1, 9, 1] = 1.0, 2.0**-12
+    ids, _ = run(
+        jnp.ones((ROWS, HIDDEN), jnp.bfloat16),
+        to_jnp(gate, jnp.bfloat16),
+        jnp.zeros((LAYERS, EXPERTS)),
+        1,
+        k=K,
+        scale=1.0,
+    )
+    assert np.asarray(ids)[0].tolist() == [9, 0, 1, 2, 3, 4]
