@@ -1,5 +1,6 @@
 """Settings of the whole suite: the platform, JAX's strict modes and hypothesis."""
 
+import importlib.util
 import os
 import re
 
@@ -43,3 +44,17 @@ def pytest_sessionstart(session: pytest.Session) -> None:
                 f"-m {expression!r} needs {needed} GPU(s); JAX sees {jax.devices()}. "
                 "On a GPU machine run ./dev install cuda13 (or cuda12) first."
             )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselects the tests marked needs_triton where triton is not installed; a run that asks for them is refused."""
+    if importlib.util.find_spec("triton") is not None:
+        return
+    if selects(config.option.markexpr, "needs_triton"):
+        raise pytest.UsageError(
+            f"-m {config.option.markexpr!r} needs triton, which this Python lacks: pip install triton"
+        )
+    without = [item for item in items if item.get_closest_marker("needs_triton")]
+    if without:
+        items[:] = [item for item in items if item not in without]
+        config.hook.pytest_deselected(items=without)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import re
 from functools import cache
 from pathlib import Path
+from shutil import rmtree
 from tempfile import mkdtemp
 
 import jax
@@ -26,6 +28,7 @@ BY_NAME: dict[str, FixtureModel] = {model.name: model for model in MODELS}
 def checkpoint_dir(name: str) -> Path:
     """Directory with the fixture's checkpoint, written once a test process."""
     directory = Path(mkdtemp(prefix=f"glm52-{name}-"))
+    atexit.register(rmtree, directory, ignore_errors=True)
     BY_NAME[name].write(directory)
     return directory
 

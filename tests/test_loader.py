@@ -157,9 +157,9 @@ def test_missing_block_scale_is_named(fp8_dir: Path) -> None:
 
 @settings(max_examples=12)
 @given(data=st.data())
-def test_nan_in_scales_is_named(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_nan_in_scales_is_named(small_fp8: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     directory = tmp_path_factory.mktemp("nan") / "c"
-    shutil.copytree(checkpoint_dir_small(), directory)
+    shutil.copytree(small_fp8, directory)
     names = sorted(n for n in read_checkpoint(directory) if n.endswith("_scale_inv"))
     name = data.draw(st.sampled_from(names))
     value = data.draw(st.sampled_from([np.nan, np.inf, -1.0]))
@@ -173,17 +173,10 @@ def test_nan_in_scales_is_named(tmp_path_factory: pytest.TempPathFactory, data: 
         glm52_jax.load(directory)
 
 
-_SMALL_FP8: list[Path] = []
-
-
-def checkpoint_dir_small() -> Path:
-    """A small FP8 checkpoint, written once a process."""
-    if not _SMALL_FP8:
-        from tempfile import mkdtemp
-
-        write_checkpoint(path := Path(mkdtemp()) / "c", tiny_config(**SMALL), weights="fp8")
-        _SMALL_FP8.append(path)
-    return _SMALL_FP8[0]
+@pytest.fixture(scope="module")
+def small_fp8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    write_checkpoint(path := tmp_path_factory.mktemp("small") / "c", tiny_config(**SMALL), weights="fp8")
+    return path
 
 
 def test_mixed_storage_is_refused_unless_converted(fp8_dir: Path) -> None:
