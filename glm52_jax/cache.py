@@ -50,7 +50,9 @@ class Selection:
 
 
 def make_cache(config: Config, plan: Plan, pages: int, mtp: bool = False) -> Cache:
-    """Zeroed caches of ``pages`` pages of 64 tokens; ``mtp`` adds the MTP layer's."""
+    """Zeroed caches of ``pages`` pages of 64 tokens; ``mtp`` adds the MTP layer's. ValueError for slots beyond int32."""
+    if pages * PAGE > 2**31:
+        raise ValueError(f"{pages=} of {PAGE} tokens: slots are int32, so at most {2**31 // PAGE} pages")
     layers, full = config.num_hidden_layers + mtp, len(config.full_layers) + mtp
     width = latent_width(config.kv_lora_rank, config.qk_rope_head_dim, plan.cache == "fp8")
     dtype = jnp.uint8 if plan.cache == "fp8" else jnp.dtype(plan.cache)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -151,86 +152,34 @@ _FIXED: dict[str, Any] = {
 }
 
 _STRUCTURED = (
-    *(
-        "model_type",
-        "rms_norm_eps",
-        "routed_scaling_factor",
-        "rope_parameters",
-        "rope_theta",
-        "indexer_types",
-        "index_topk_freq",
-    ),
-    *(
-        "index_skip_topk_offset",
-        "index_topk_pattern",
-        "mlp_layer_types",
-        "first_k_dense_replace",
-        "num_nextn_predict_layers",
-    ),
-    *("eos_token_id", "quantization_config", "num_key_value_heads", "qk_head_dim", "layer_types", "num_experts"),
-    "num_local_experts",
+    *("model_type", "rms_norm_eps", "routed_scaling_factor", "rope_parameters", "rope_theta", "indexer_types"),
+    *("index_topk_freq", "index_skip_topk_offset", "index_topk_pattern", "mlp_layer_types", "first_k_dense_replace"),
+    *("num_nextn_predict_layers", "eos_token_id", "quantization_config", "num_key_value_heads", "qk_head_dim"),
+    *("layer_types", "num_experts", "num_local_experts"),
 )
 
 # head_dim is a decoy: 192 in the published config, the rope width in transformers' own; nothing here reads it.
 _HARMLESS = frozenset(
-    {
-        *(
-            "architectures",
-            "head_dim",
-            "dtype",
-            "torch_dtype",
-            "transformers_version",
-            "use_cache",
-            "initializer_range",
-        ),
-        *("pad_token_id", "bos_token_id", "sep_token_id", "decoder_start_token_id", "attention_dropout", "ep_size"),
-        *(
-            "pretraining_tp",
-            "output_router_logits",
-            "router_aux_loss_coef",
-            "aux_loss_alpha",
-            "seq_aux",
-            "name_or_path",
-        ),
-        *(
-            "_name_or_path",
-            "auto_map",
-            "output_hidden_states",
-            "output_attentions",
-            "return_dict",
-            "id2label",
-            "label2id",
-        ),
-        *(
-            "num_labels",
-            "problem_type",
-            "is_decoder",
-            "tokenizer_class",
-            "prefix",
-            "task_specific_params",
-            "torchscript",
-        ),
-        *(
-            "use_bfloat16",
-            "tf_legacy_loss",
-            "pruned_heads",
-            "attn_implementation",
-            "_attn_implementation",
-            "finetuning_task",
-        ),
-        *(
-            "_commit_hash",
-            "tie_last_hidden_states",
-            "gradient_checkpointing",
-            "cross_attention_hidden_size",
-            "tie_encoder_decoder",
-        ),
-        *("temperature", "top_p", "top_k", "do_sample", "num_beams", "max_length", "min_length", "repetition_penalty"),
-    }
+    (
+        *("architectures", "head_dim", "dtype", "torch_dtype", "transformers_version", "use_cache"),
+        *("initializer_range", "pad_token_id", "bos_token_id", "sep_token_id", "decoder_start_token_id"),
+        *("attention_dropout", "ep_size", "pretraining_tp", "output_router_logits", "router_aux_loss_coef"),
+        *("aux_loss_alpha", "seq_aux", "name_or_path", "_name_or_path", "auto_map", "output_hidden_states"),
+        *("output_attentions", "return_dict", "id2label", "label2id", "num_labels", "problem_type"),
+        *("is_decoder", "tokenizer_class", "prefix", "task_specific_params", "torchscript", "use_bfloat16"),
+        *("tf_legacy_loss", "pruned_heads", "attn_implementation", "_attn_implementation", "finetuning_task"),
+        *("_commit_hash", "tie_last_hidden_states", "gradient_checkpointing", "cross_attention_hidden_size"),
+        *("tie_encoder_decoder", "temperature", "top_p", "top_k", "do_sample", "num_beams", "max_length"),
+        *("min_length", "repetition_penalty"),
+    )
 )
+# Which tensors are FP8 is read off the tensors; dequantize is a wish of transformers' loader.
+_QUANT_HARMLESS = ("modules_to_not_convert", "ignored_layers", "dequantize")
 _KNOWN = frozenset(_SIZES) | frozenset(_FIXED) | frozenset(_STRUCTURED) | _HARMLESS
+# A size beyond these is a broken file; counting up to it would hang or fill the memory before any tensor is compared.
+_LARGEST = {"num_hidden_layers": 1024, "n_routed_experts": 4096}
 # Cache classes of transformers, one per layer: they name a storage, not an arithmetic.
-_LAYER_TYPES = frozenset({"indexed_attention", "deepseek_sparse_attention", "full_attention"})
+_LAYER_TYPES = ("deepseek_sparse_attention", "full_attention", "indexed_attention")
 
 
 def _refuse_unknown(hf: Mapping[str, Any]) -> None:
@@ -261,8 +210,9 @@ def _required(hf: Mapping[str, Any], key: str) -> Any:
 
 def _positive_int(hf: Mapping[str, Any], key: str) -> int:
     value = _required(hf, key)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{key}={value!r} must be a positive integer")
+    largest = _LARGEST.get(key, 2**31 - 1)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
+        raise ConfigError(f"{key}={value!r} must be a positive integer, at most {largest}")
     return value
 
 
@@ -275,7 +225,8 @@ def _count(hf: Mapping[str, Any], key: str, default: int) -> int:
 
 def _positive_float(hf: Mapping[str, Any], key: str) -> float:
     value = _required(hf, key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+    # The comparison with the largest float comes first: float() of a longer integer overflows.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
         raise ConfigError(f"{key}={value!r} must be a finite positive number")
     return float(value)
 
@@ -361,6 +312,11 @@ def _quantised(hf: Mapping[str, Any]) -> bool:
         found = quant.get(key, value if key == "fmt" else None)
         if found != value:
             raise ConfigError(f"quantization_config.{key}={found!r} is not supported: must be {value!r}")
+    for key, value in quant.items():
+        # transformers writes scale_fmt="float"; "ue8m0" would mean activation scales that are powers of two.
+        plain = key == "scale_fmt" and value == "float"
+        if not (key in wanted or key in _QUANT_HARMLESS or plain or value is None):
+            raise ConfigError(f"quantization_config.{key}={value!r} is not supported: it may change the arithmetic")
     return True
 
 
@@ -376,7 +332,7 @@ def _check_consistent(hf: Mapping[str, Any], config: Config) -> None:
             raise ConfigError(f"{key}={hf[key]!r} contradicts the other fields, which give {value}")
     kinds = hf.get("layer_types") or []
     if not isinstance(kinds, list) or any(kind not in _LAYER_TYPES for kind in kinds):
-        raise ConfigError(f"layer_types={kinds!r} is not supported: known are {sorted(_LAYER_TYPES)}")
+        raise ConfigError(f"layer_types={kinds!r} is not supported: known are {list(_LAYER_TYPES)}")
     if config.qk_rope_head_dim % 2 or config.qk_rope_head_dim > config.index_head_dim:
         raise ConfigError(
             f"qk_rope_head_dim={config.qk_rope_head_dim} must be even and at most index_head_dim={config.index_head_dim}"

@@ -74,7 +74,8 @@ class Model:
           residual stream after the layer, in the plan's dtype), "topk.<layer>" int32 [T, index_topk] for layers that run an
           indexer (selected positions, any order, -1 beyond) and "experts.<layer>" int32 [T, k] for layers with experts.
 
-        Works under ``jax.jit``, where T is static. Raises ValueError for empty or out-of-range ids.
+        T may exceed max_position_embeddings, which ``generate`` refuses. Works under ``jax.jit``, where T is static.
+        Raises ValueError for empty or out-of-range ids.
         """
         tokens = _as_ids(ids, self.config.vocab_size)
         found = self._by_chunks(decode.score_chunk, (tokens,), taps=taps)
@@ -144,8 +145,8 @@ class Model:
         """
         batch = _as_batch(prompts, self.config.vocab_size)
         stops = frozenset(self.config.eos_token_ids if stop_ids is None else stop_ids)
-        if max_new_tokens < 1:
-            raise ValueError(f"{max_new_tokens=} must be at least 1")
+        if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
+            raise ValueError(f"{max_new_tokens=} must be an integer of at least 1")
         longest = max(len(ids) for ids in batch) + max_new_tokens
         if longest > self.config.max_position_embeddings:
             raise ValueError(
@@ -243,6 +244,8 @@ def _as_ids(ids: Ids, vocab: int) -> jax.Array:
     if isinstance(ids, jax.Array) and isinstance(ids, jax.core.Tracer):
         if ids.ndim != 1 or not ids.shape[0]:
             raise ValueError(f"ids of shape {ids.shape} must be one non-empty sequence [T]")
+        if not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise ValueError(f"ids of dtype {ids.dtype} must be integers")
         return ids.astype(jnp.int32)
     return jnp.asarray(_checked(ids, vocab, "ids"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -35,8 +36,8 @@ class Sampling:
             raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p={self.min_p} must lie in [0, 1]")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed={self.seed} must lie in [0, 2**32)")
+        if not isinstance(self.seed, numbers.Integral) or not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} must be an integer in [0, 2**32)")
 
 
 @struct.dataclass

@@ -4,7 +4,7 @@
 of arrays of the same structure. Weights are stacked by kind into a few dozen arrays, because every argument of a compiled
 program costs host time: kernels get a whole stack and an index.
 
-Names and shapes: spec section 3. Logical axes name what a dimension is; ``parallel`` decides which of them are sharded.
+Names and shapes: spec section 3. Logical axes name what a dimension is, so that a sharding can be stated by name.
 """
 
 from __future__ import annotations

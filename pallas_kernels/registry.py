@@ -33,14 +33,16 @@ What an operation's folder offers, so that calls, tests and ``python -m bench`` 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
 import jax
 
-from pallas_kernels import arch as archs
 from pallas_kernels.arch import Arch
+from pallas_kernels.lowering import default_arch
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def resolve(
     forced: the only backend to consider. Raises ValueError for an unknown name.
     Raises BackendRefused where the forced backend, or every backend, refuses.
     """
-    target = archs.default_arch() if isinstance(arch, _DefaultDevice) else arch
+    target = default_arch() if isinstance(arch, _DefaultDevice) else arch
     where = target.name if target else "no NVIDIA GPU"
     if forced is not None:
         refusal = _by_name(operation, backends, forced).supports(spec, target)
@@ -121,9 +123,26 @@ def call(
 ) -> Any:
     """Resolves for the default device, loads that backend and runs it; under ``jax.jit`` all of it happens at trace time."""
     choice = resolve(operation, backends, spec, forced=forced)
+    record = _RECORD.get()
+    if record is not None:
+        record.append(choice)
     run = _by_name(operation, backends, choice.backend).load()
     with jax.named_scope(f"{operation}.{choice.backend}"):
         return run(spec, *args)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Choice]]:
+    """Yields a list that receives the Choice of every call made inside, in order; of a jitted function while it is traced."""
+    choices: list[Choice] = []
+    token = _RECORD.set(choices)
+    try:
+        yield choices
+    finally:
+        _RECORD.reset(token)
+
+
+_RECORD: contextvars.ContextVar[list[Choice] | None] = contextvars.ContextVar("recorded_choices", default=None)
 
 
 def _by_name(operation: str, backends: tuple[Backend, ...], name: str) -> Backend:

@@ -35,6 +35,11 @@ def test_cache_formats(kind: str, width: int, index: tuple[int, ...]) -> None:
     assert not np.asarray(cache.latent, np.float32).any()
 
 
+def test_slots_beyond_int32_are_refused() -> None:
+    with pytest.raises(ValueError, match="pages=33554433"):
+        make_cache(SMALL, Plan(), pages=2**25 + 1)
+
+
 @pytest.mark.parametrize("field", ["dtype", "cache", "linear"])
 def test_plan_refuses_and_names(field: str) -> None:
     with pytest.raises(ValueError, match=f"{field}='float16' must be one of"):

@@ -307,4 +307,5 @@ class TestScore:
             assert words in fails("score", checkpoint, "--ids", ids, "--out", out), content
         ids.write_text("[1]")
         assert "does not exist" in fails("score", checkpoint, "--ids", ids, "--out", tmp_path / "none" / "o.npz")
+        assert "is a directory" in fails("score", checkpoint, "--ids", ids, "--out", tmp_path)
         assert not fake.load_options and not out.exists()

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from glm52_jax.config import Config
-from tests.configs import DROP, FULL_52, GEOMETRY, GLM5, GLM52, GLM52_FP8, INDEXER_TYPES, SAVED, changed
+from tests.configs import DROP, FP8, FULL_52, GEOMETRY, GLM5, GLM52, GLM52_FP8, INDEXER_TYPES, SAVED, changed
 
 
 def by_schedule(layers: int = 78, **keys: Any) -> Config:
@@ -94,6 +94,12 @@ def test_config_is_hashable_and_frozen() -> None:
     assert config != Config.from_hf(GLM5)
     with pytest.raises(AttributeError):
         config.hidden_size = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("extra", [{"scale_fmt": "float"}, {"dequantize": False}, {"ignored_layers": None}], ids=str)
+def test_what_transformers_adds_to_a_quantisation(extra: dict[str, Any]) -> None:
+    quantised = GLM52_FP8 | {"quantization_config": FP8 | extra}
+    assert Config.from_hf(quantised) == Config.from_hf(GLM52_FP8)
 
 
 def test_eos_forms() -> None:

@@ -21,7 +21,7 @@ def test_refuses_a_missing_or_bad_size(name: str) -> None:
     for absent in (DROP, None):
         with pytest.raises(ConfigError, match=rf"no {name}\b"):
             Config.from_hf(changed(**{name: absent}))
-    for bad in (0, -1, True, "128", math.nan):
+    for bad in (0, -1, True, "128", math.nan, 10**400):  # the last is beyond a float
         with pytest.raises(ConfigError, match=rf"^{name}={bad!r}"):
             Config.from_hf(changed(**{name: bad}))
 
@@ -115,6 +115,8 @@ def test_refuses_other_ropes_and_guesses_no_theta(rope: Any, message: str) -> No
         ("activation_scheme", "static"),
         ("weight_block_size", [64, 128]),
         ("weight_block_size", None),
+        ("scale_fmt", "ue8m0"),
+        ("a_switch_nobody_read", True),
     ],
 )
 def test_refuses_other_quantisations(key: str, value: Any) -> None:
@@ -162,11 +164,23 @@ def test_null_is_not_true(name: str) -> None:
     [
         ("quantization_config", "fp8"),
         ("layer_types", 78),
+        ("layer_types", [["full_attention"]] * 78),
+        ("num_hidden_layers", 10**9),
+        ("n_routed_experts", 10**8),
         ("index_topk_pattern", [["F"]] * 78),
         ("index_topk_pattern", "F" * 100),
         ("index_topk_freq", 0),
     ],
-    ids=["quantization_config", "layer_types", "nested pattern", "long pattern", "zero freq"],
+    ids=[
+        "quantization_config",
+        "layer_types",
+        "nested types",
+        "layers",
+        "experts",
+        "nested pattern",
+        "long pattern",
+        "zero freq",
+    ],
 )
 def test_malformed_values_are_config_errors(name: str, value: Any) -> None:
     """Neither another exception nor a silent reading."""

@@ -60,7 +60,8 @@ def test_quantized_paths_agree_between_prefill_and_decode(dtype: str, cache: str
     whole = run_chunks(model, ids, [40], table, make_cache(model.config, model.plan, 1))
     steps = run_chunks(model, ids, [8] + [1] * 32, table, make_cache(model.config, model.plan, 1))
     error = np.linalg.norm(whole - steps, axis=-1) / np.linalg.norm(whole, axis=-1)
-    assert np.median(error) < 2e-2
+    # A flipped choice of positions moves a row by 0.4: only rows that select everything are bounded one by one.
+    assert np.median(error) < 2e-2 and error[: model.config.index_topk].max() < 4e-2
 
 
 def test_fp8_checkpoint_equals_its_dequantized_twin(tmp_path) -> None:
@@ -99,6 +100,11 @@ def test_score_is_causal_and_chunks_long_sequences(monkeypatch: pytest.MonkeyPat
 def test_score_refuses_bad_ids(ids: list, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         reference_model("long").score(ids)
+
+
+def test_score_under_jit_refuses_floats() -> None:
+    with pytest.raises(ValueError, match="float32 must be integers"):
+        jax.jit(lambda m, x: m.score(x))(reference_model("long"), jnp.array([1.5, 2.0]))
 
 
 def teacher_forced(model: glm52_jax.Model, prompt: list[int], new: list[int]) -> np.ndarray:
@@ -176,6 +182,7 @@ def test_generate_draws_by_seed_not_by_batch() -> None:
         ({"prompts": [[1], []]}, "prompt 1"),
         ({"prompts": [5000]}, "5000"),
         ({"prompts": [1], "max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"prompts": [1], "max_new_tokens": 2.5}, "max_new_tokens=2.5"),
         ({"prompts": [1], "max_new_tokens": 2**20}, "max_position_embeddings"),
     ],
 )

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import glm52_jax
-from glm52_jax import CheckpointError
+from glm52_jax import CheckpointError, loader
 from glm52_jax.config import Config
 from glm52_jax.layout import merge_kv_b, split_kv_b
 from glm52_jax.tiny import dequantise, read_checkpoint, tiny_config, write_checkpoint
@@ -169,8 +169,20 @@ def test_nan_in_scales_is_named(small_fp8: Path, tmp_path_factory: pytest.TempPa
         flat[data.draw(st.integers(0, flat.size - 1))] = value
 
     rewrite(directory, change)
-    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
-        glm52_jax.load(directory)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(loader, "_allocate", None)  # refused before anything is allocated
+        with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+            glm52_jax.load(directory)
+
+
+def test_modules_to_not_convert_decides_nothing(fp8_dir: Path) -> None:
+    """The published list names a tensor that does not exist and says nothing that the tensors do not (spec trap 13)."""
+    want = jax.tree.map(np.asarray, glm52_jax.load(fp8_dir).weights)
+    config = json.loads((fp8_dir / "config.json").read_text())
+    config["quantization_config"]["modules_to_not_convert"] = ["model.layers.0.self_attn.o_proj", "indexers_proj"]
+    (fp8_dir / "config.json").write_text(json.dumps(config))
+    got = jax.tree.map(np.asarray, glm52_jax.load(fp8_dir).weights)
+    assert jax.tree.all(jax.tree.map(np.array_equal, got, want))
 
 
 @pytest.fixture(scope="module")
@@ -186,8 +198,10 @@ def test_mixed_storage_is_refused_unless_converted(fp8_dir: Path) -> None:
         tensors[name] = dequantise(tensors[name], tensors.pop(name + "_scale_inv")).astype(ml_dtypes.bfloat16)
 
     rewrite(fp8_dir, change)
-    with pytest.raises(CheckpointError, match=r"layers\.2\.self_attn\.o_proj\.weight is BF16"):
-        glm52_jax.load(fp8_dir)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(loader, "_allocate", None)
+        with pytest.raises(CheckpointError, match=r"layers\.2\.self_attn\.o_proj\.weight is BF16"):
+            glm52_jax.load(fp8_dir)
     assert glm52_jax.load(fp8_dir, weights="bfloat16").weights.attention.o_proj.dtype == jnp.bfloat16
 
 

@@ -21,7 +21,9 @@ from pallas_kernels import blocks, rotary
 from pallas_kernels.experts import reference as experts
 from pallas_kernels.fp8_linear import reference as fp8_linear
 from pallas_kernels.index_keys import reference as index_keys
+from pallas_kernels.latent_write import reference as latent_write
 from pallas_kernels.mla_front import reference as mla_front
+from pallas_kernels.mqa_logits import reference as mqa_logits
 from pallas_kernels.norm_quant import reference as norm_quant
 from pallas_kernels.products import einsum
 from pallas_kernels.router import reference as router
@@ -43,7 +45,9 @@ def test_fixture_is_the_one_that_was_recorded(name: str) -> None:
     assert checkpoint_digests(checkpoint_dir(name)) == digests["checkpoint"]
     assert BY_NAME[name].ids() == digests["ids"]
     assert len(digests["ids"]) >= 4 * BY_NAME[name].config()["index_topk"], "sparsity must bite"
-    assert hashlib.sha256(golden(name)["logits"].tobytes()).hexdigest()
+    stored = {key: hashlib.sha256(array.tobytes()).hexdigest() for key, array in golden(name).items()}
+    recorded = {key: array["sha256"] for key, array in digests["arrays"].items()}
+    assert {"logits", "hidden.0", "topk.0"} <= stored.keys() and stored.items() <= recorded.items()
 
 
 def _attribute(owner: Any, name: str, value: Any) -> Patch:
@@ -85,6 +89,15 @@ def _only_in(module: Any, rotate: Callable[..., jax.Array]) -> Patch:
     return _attribute(module, "rotary", Rotary)
 
 
+def _all(*patches: Patch) -> Patch:
+    def apply(monkeypatch: pytest.MonkeyPatch, model: glm52_jax.Model) -> glm52_jax.Model:
+        for patch in patches:
+            model = patch(monkeypatch, model)
+        return model
+
+    return apply
+
+
 def _rotate_back(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     rope = 2 * cos.shape[-1]
     return jnp.concatenate([x[..., :-rope], rotary.apply_rotary(x[..., -rope:], cos, sin)], axis=-1)
@@ -98,7 +111,10 @@ def _routing(change: str) -> Patch:
     def route(
         x: jax.Array, gate: jax.Array, bias: jax.Array, layer: int, k: int, scale: float
     ) -> tuple[jax.Array, jax.Array]:
-        scores = jax.nn.sigmoid(einsum("rk,ek->re", x, gate[layer]))
+        products = einsum("rk,ek->re", x, gate[layer])
+        if change == "logits in bfloat16":
+            products = products.astype(jnp.bfloat16).astype(jnp.float32)
+        scores = jax.nn.sigmoid(products)
         biased = scores + bias[layer][None, :]
         _, ids = jax.lax.top_k(scores if change == "bias not in the choice" else biased, k)
         chosen = jnp.take_along_axis(biased if change == "bias in the weights" else scores, ids, axis=-1)
@@ -187,7 +203,17 @@ def _shared_scaled(*args: Any) -> jax.Array:
     return _mix(*args) + 1.5 * without
 
 
+def _scores_in_bfloat16(*args: Any) -> jax.Array:
+    return _paged_logits(*args).astype(jnp.bfloat16).astype(jnp.float32)
+
+
+def _head_weights_in_bfloat16(*args: Any) -> tuple[jax.Array, jax.Array]:
+    q, head_weights = _index_query(*args)
+    return q, head_weights.astype(jnp.bfloat16).astype(jnp.float32)
+
+
 _absorb, _mix = mla_front.absorb, experts.mix
+_paged_logits, _index_query = mqa_logits.paged_logits, index_keys.query
 
 FAULTS: dict[str, tuple[str, Patch]] = {
     "latent norms with rms_norm_eps (trap 1)": ("long", _config(latent_norm_eps=1e-5)),
@@ -196,7 +222,10 @@ FAULTS: dict[str, tuple[str, Patch]] = {
     "RMSNorm for the index-key LayerNorm": ("long", _attribute(norm_quant, "layer_norm", _rms_for_layer_norm)),
     "half-split rope in the indexer (trap 3)": ("long", _only_in(index_keys, _half_split)),
     "half-split rope everywhere (trap 5)": ("long", _attribute(rotary, "apply_rotary", _half_split)),
-    "half-split rope in MLA only (trap 5)": ("long", _only_in(mla_front, _half_split)),
+    "half-split rope in MLA only (trap 5)": (
+        "long",
+        _all(_only_in(mla_front, _half_split), _only_in(latent_write, _half_split)),
+    ),
     "indexer rotates its last dims (trap 4)": ("long", _attribute(index_keys, "_rotate_front", _rotate_back)),
     "query rolled before absorption (trap 4)": ("long", _attribute(mla_front, "absorb", _query_rope_first)),
     "no relu in the indexer (trap 6)": ("long", _attribute(jax.nn, "relu", lambda x: x)),
@@ -205,6 +234,9 @@ FAULTS: dict[str, tuple[str, Patch]] = {
     "routing bias in the weights (trap 9)": ("long", _routing("bias in the weights")),
     "routing bias not in the choice (trap 9)": ("long", _routing("bias not in the choice")),
     "routing weights not renormalized (trap 9)": ("long", _routing("not renormalized")),
+    "router logits in bfloat16 (trap 9)": ("long", _routing("logits in bfloat16")),
+    "index scores in bfloat16 (trap 15)": ("long", _attribute(mqa_logits, "paged_logits", _scores_in_bfloat16)),
+    "index head weights in bfloat16 (trap 17)": ("long", _attribute(index_keys, "query", _head_weights_in_bfloat16)),
     "routed experts not scaled (trap 20)": ("long", _routing("not scaled")),
     "shared expert scaled too (trap 20)": ("long", _attribute(experts, "mix", _shared_scaled)),
     "weights on the experts' input": ("long", _attribute(experts, "mix", _weighted_input)),
@@ -241,7 +273,8 @@ def fresh_traces() -> Iterator[None]:
 def test_fault_turns_the_comparison_red(fault: str, monkeypatch: pytest.MonkeyPatch, fresh_traces: None) -> None:
     fixture, apply = FAULTS[fault]
     broken = apply(monkeypatch, reference_model(fixture))
-    with pytest.raises(AssertionError):
+    # The comparison itself must fail, not an assertion on the way to it.
+    with pytest.raises(AssertionError, match=r"^(logits|hidden\.\d+|topk\.\d+|experts\.\d+): "):
         assert_matches(fixture, broken)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import arch, lowering
-from pallas_kernels.registry import Backend, BackendRefused, Choice, Refusal, call, resolve
+from pallas_kernels.registry import Backend, BackendRefused, Choice, Refusal, call, recorded, resolve
 
 H200 = arch.by_name("H200-141")
 A100 = arch.by_name("A100-80")
@@ -78,7 +78,7 @@ def test_unknown_name_lists_the_known() -> None:
 
 
 def test_nobody_serves() -> None:
-    with pytest.raises(BackendRefused, match="no backend serves .* mosaic_sm90 refused: .*; triton refused"):
+    with pytest.raises(BackendRefused, match=r"no backend serves .* mosaic_sm90 refused: .*; triton refused"):
         resolve("op", BACKENDS[:2], Spec(1), None)
 
 
@@ -104,7 +104,20 @@ def test_default_arch_of_this_run_and_of_a_target() -> None:
         with lowering.target(A100):
             assert resolve("op", BACKENDS, Spec(1)).backend == "triton"
         assert resolve("op", BACKENDS, Spec(1)).backend == "mosaic_sm90"
+        with lowering.target(None):
+            assert resolve("op", BACKENDS, Spec(1)).backend == "reference"
     assert lowering.default_arch() is None
+
+
+def test_choices_are_recorded_while_tracing() -> None:
+    @jax.jit
+    def twice(x: jax.Array) -> jax.Array:
+        return call("second", BACKENDS, Spec(3), (call("first", BACKENDS, Spec(2), (x,)),))
+
+    with recorded() as choices, lowering.target(H200):
+        twice(jnp.ones(2))
+    call("outside", BACKENDS, Spec(2), (jnp.ones(2),))
+    assert [(c.operation, c.backend) for c in choices] == [("first", "mosaic_sm90"), ("second", "mosaic_sm90")]
 
 
 def test_lowering_for_cuda_takes_the_gpus_backend() -> None:

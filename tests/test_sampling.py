@@ -204,7 +204,7 @@ def test_each_row_has_its_own_parameters() -> None:
     [
         *[("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("top_k", -1), ("top_p", 0.0)],
         *[("top_p", 1.5), ("top_p", -1.0), ("top_p", math.nan), ("min_p", -0.01), ("min_p", 1.01), ("min_p", math.nan)],
-        *[("seed", -1), ("seed", 2**32)],
+        *[("seed", -1), ("seed", 2**32), ("seed", 1.5)],
     ],
 )
 def test_refuses_parameters_and_prints_them(name: str, value: Any) -> None:

@@ -37,7 +37,7 @@ def make_tiny(
         bool, typer.Option("--kernel-sized", help="The real latent, rope and head sizes, as GPU kernels need.")
     ] = False,
     mtp: Annotated[bool, typer.Option("--mtp", help="With the multi-token-prediction layer.")] = False,
-    shards: Annotated[int, typer.Option("--shards", min=1, help="Number of safetensors files.")] = 1,
+    shards: Annotated[int, typer.Option("--shards", min=1, max=500, help="Number of safetensors files.")] = 1,
     force: Annotated[bool, typer.Option("--force", help="Replace the checkpoint in a non-empty directory.")] = False,
 ) -> None:
     """Write a tiny random checkpoint (config, safetensors, tokenizer, chat template) in the official format."""

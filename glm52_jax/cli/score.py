@@ -30,6 +30,8 @@ def score(
     token_ids = read_ids(ids, common.read_optional_json(directory / "config.json").get("vocab_size"))
     if not out.resolve().parent.is_dir():
         raise common.CliError(f"--out {out}: the directory {out.resolve().parent} does not exist")
+    if out.is_dir():
+        raise common.CliError(f"--out {out} is a directory: give the file to write")
     model = common.load_model(
         directory, dtype=dtype, weights=weights, cache=cache, linear=linear, latent_norm_eps=latent_norm_eps
     )

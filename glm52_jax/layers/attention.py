@@ -9,7 +9,7 @@ from glm52_jax.config import Config
 from glm52_jax.layers import indexer
 from glm52_jax.plan import Plan
 from glm52_jax.weights import AttentionWeights, IndexerWeights
-from pallas_kernels import fp8_linear, mla_front, mla_out, norm_quant, sparse_mla
+from pallas_kernels import fp8_linear, latent_write, mla_front, mla_out, norm_quant, sparse_mla
 
 
 def attention(
@@ -36,8 +36,8 @@ def attention(
     """
     x = norm_quant.rms_norm(x, weights.input_norm[layer], config.rms_norm_eps)
     rotation = (rows.cos, rows.sin)
-    kv_a = fp8_linear.linear(x, weights.kv_a, (layer,), arithmetic=plan.linear)
-    latents = mla_front.write_latent(
+    q_a, kv_a = fp8_linear.linears(x, (weights.q_a, weights.kv_a), (layer,), arithmetic=plan.linear)
+    latents = latent_write.write(
         kv_a,
         weights.kv_a_norm,
         cache.latent,
@@ -46,7 +46,6 @@ def attention(
         *rotation,
         eps=config.latent_norm_eps,
     )
-    q_a = fp8_linear.linear(x, weights.q_a, (layer,), arithmetic=plan.linear)
     latent, query = mla_front.query(
         q_a,
         weights.q_a_norm,

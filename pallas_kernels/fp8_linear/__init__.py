@@ -2,48 +2,107 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.blocks import Weight
-from pallas_kernels.fp8_linear import reference
+from pallas_kernels import registry
+from pallas_kernels.arch import Arch
+from pallas_kernels.blocks import BLOCK, BlockScaled, Weight
+from pallas_kernels.fp8_linear.plan import TILE, plan_for
+from pallas_kernels.fp8_linear.spec import Spec
+from pallas_kernels.registry import Backend, Refusal
 
 ARITHMETICS = ("w8a16", "w8a8")
 Index = tuple[int | jax.Array, ...]
 
 
 def linear(
-    x: jax.Array, w: Weight, index: Index = (), *, arithmetic: str = "w8a16", dtype: jnp.dtype | type | None = None
+    x: jax.Array,
+    w: Weight,
+    index: Index = (),
+    *,
+    arithmetic: str = "w8a16",
+    dtype: jnp.dtype | type | None = None,
+    backend: str | None = None,
 ) -> jax.Array:
     """One projection.
 
     Computes: y = x @ dequant(w[index]).T.
     Inputs: x [..., k] float32 or bfloat16; w [stack..., n, k] float32, bfloat16 or BlockScaled; index: one static or traced
       scalar for each stack axis (the stack is not sliced into a copy). arithmetic: "w8a16" dequantizes the weight, "w8a8" also
-      quantizes x to e4m3 by groups of 128; it only matters for BlockScaled weights.
+      quantizes x to e4m3 by groups of 128; it only matters for BlockScaled weights. backend: None chooses.
     Outputs: [..., n] in ``dtype`` (x's unless given).
     Rounding points: products accumulate in float32 (never TF32), FP8 weights are not rounded after scaling, one rounding at the
-      end; "w8a8" adds the quantization of x.
+      end; "w8a8" adds the quantization of x. Hopper's FP8 units, which ``mosaic_sm90`` uses for both, keep some 14 bits within a
+      k-block of 128; blocks are added in float32.
     Refuses: ValueError for an unknown arithmetic, an index that does not match the stack, or a k that differs.
+    Graph-safe: yes; the index is read from device memory.
     Bound: bytes of w[index] once, for up to some hundred rows.
     Source: spec section 4.
     """
-    _check(x, w, index, 2, arithmetic)
-    return reference.linear(x, w, index, arithmetic, x.dtype if dtype is None else dtype)
+    return linears(x, (w,), index, arithmetic=arithmetic, dtype=dtype, backend=backend)[0]
 
 
-def swiglu(x: jax.Array, gate_up: Weight, index: Index = (), *, arithmetic: str = "w8a16") -> jax.Array:
+def linears(
+    x: jax.Array,
+    weights: tuple[Weight, ...],
+    index: Index = (),
+    *,
+    arithmetic: str = "w8a16",
+    dtype: jnp.dtype | type | None = None,
+    backend: str | None = None,
+) -> tuple[jax.Array, ...]:
+    """Several projections of one input, such as q_a and kv_a, in one launch where a GPU backend serves them.
+
+    Computes: tuple of ``linear(x, w, index)``; all weights share the stack and k, their n may differ. All else as for ``linear``.
+    """
+    for w in weights:
+        _check(x, w, index, 2, arithmetic)
+    out = x.dtype if dtype is None else dtype
+    spec = _spec(x, weights, len(index), arithmetic, "linear", out)
+    return registry.call("fp8_linear", BACKENDS, spec, (x, tuple(weights), tuple(index)), forced=backend)
+
+
+def swiglu(
+    x: jax.Array, gate_up: Weight, index: Index = (), *, arithmetic: str = "w8a16", backend: str | None = None
+) -> jax.Array:
     """Gate and up projections of one input and their SwiGLU product.
 
     Computes: silu(x @ gate.T) * (x @ up.T), gate = gate_up[index][0], up = gate_up[index][1].
-    Inputs: x [..., k]; gate_up [stack..., 2, n, k]; index and arithmetic as for ``linear``.
+    Inputs: x [..., k]; gate_up [stack..., 2, n, k]; index, arithmetic and backend as for ``linear``.
     Outputs: [..., n] in x's dtype.
     Rounding points: both products, silu and their product in float32, one rounding at the end.
     Refuses: as ``linear``.
     Source: spec section 5.6.
     """
     _check(x, gate_up, index, 3, arithmetic)
-    return reference.swiglu(x, gate_up, index, arithmetic)
+    spec = _spec(x, (gate_up,), len(index), arithmetic, "swiglu", x.dtype)
+    return registry.call("fp8_linear", BACKENDS, spec, (x, (gate_up,), tuple(index)), forced=backend)[0]
+
+
+def _spec(
+    x: jax.Array, weights: tuple[Weight, ...], stack_axes: int, arithmetic: str, form: str, out: jnp.dtype | type
+) -> Spec:
+    blocks = all(isinstance(w, BlockScaled) for w in weights)
+    kinds = {"float8_e4m3fn"} if blocks else {_kind(w) for w in weights}
+    return Spec(
+        rows=math.prod(x.shape[:-1]),
+        k=x.shape[-1],
+        ns=tuple(w.shape[-2] for w in weights),
+        arithmetic=arithmetic,
+        form=form,
+        weights=kinds.pop() if len(kinds) == 1 else "mixed",
+        layers=math.prod(weights[0].shape[:stack_axes]),
+        x_dtype=jnp.dtype(x.dtype).name,
+        out_dtype=jnp.dtype(out).name,
+    )
+
+
+def _kind(w: Weight) -> str:
+    return "float8_e4m3fn blocks" if isinstance(w, BlockScaled) else jnp.dtype(w.dtype).name
 
 
 def _check(x: jax.Array, w: Weight, index: Index, matrix_axes: int, arithmetic: str) -> None:
@@ -53,3 +112,41 @@ def _check(x: jax.Array, w: Weight, index: Index, matrix_axes: int, arithmetic: 
         raise ValueError(f"weight of shape {w.shape} needs {w.ndim - matrix_axes} stack indices, got {len(index)}")
     if x.shape[-1] != w.shape[-1]:
         raise ValueError(f"x of shape {x.shape} does not match a weight of shape {w.shape}: k={w.shape[-1]}")
+
+
+def _reference_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
+    return None
+
+
+def _load_reference() -> Any:
+    from pallas_kernels.fp8_linear import reference
+
+    return reference.run
+
+
+def _mosaic_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
+    if arch is None or arch.sm != 90:
+        return Refusal(f"needs SM90, got {'no NVIDIA GPU' if arch is None else f'SM{arch.sm}'}")
+    if spec.weights != "float8_e4m3fn":
+        return Refusal(f"needs FP8 block-scaled weights, got {spec.weights}")
+    if spec.x_dtype != "bfloat16" or spec.out_dtype not in ("bfloat16", "float32"):
+        return Refusal(f"needs bfloat16 inputs and bfloat16 or float32 outputs, got {spec.x_dtype}, {spec.out_dtype}")
+    if not 1 <= spec.rows <= 64:
+        return Refusal(f"serves 1 to 64 rows, got {spec.rows}")
+    if spec.k % BLOCK or any(n % TILE for n in spec.ns):
+        return Refusal(f"k must be a multiple of {BLOCK} and every n of {TILE}, got k={spec.k}, n={spec.ns}")
+    if plan_for(spec) is None:
+        return Refusal(f"no plan fits shared memory for rows={spec.rows}, k={spec.k}, {spec.form}")
+    return None
+
+
+def _load_mosaic() -> Any:
+    from pallas_kernels.fp8_linear import mosaic_sm90
+
+    return mosaic_sm90.run
+
+
+BACKENDS = (
+    Backend("mosaic_sm90", _mosaic_supports, _load_mosaic),
+    Backend("reference", _reference_supports, _load_reference),
+)

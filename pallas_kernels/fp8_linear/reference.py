@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.blocks import BlockScaled, Weight, dequantize, take
+from pallas_kernels.fp8_linear.spec import Spec
 from pallas_kernels.norm_quant.reference import quantize_groups
 from pallas_kernels.products import einsum
+
+
+def run(
+    spec: Spec, x: jax.Array, weights: tuple[Weight, ...], index: tuple[int | jax.Array, ...], after: Any = None
+) -> tuple[jax.Array, ...]:
+    """Outputs of every weight, as ``fp8_linear`` describes them. ``after`` is for kernels; nothing reads it here."""
+    if spec.form == "swiglu":
+        return (swiglu(x, weights[0], index, spec.arithmetic),)
+    return tuple(linear(x, w, index, spec.arithmetic, jnp.dtype(spec.out_dtype)) for w in weights)
 
 
 def product(x: jax.Array, w: Weight, arithmetic: str) -> jax.Array:
@@ -15,7 +27,8 @@ def product(x: jax.Array, w: Weight, arithmetic: str) -> jax.Array:
     if not isinstance(w, BlockScaled):
         return einsum("...k,nk->...n", x, w)
     if arithmetic == "w8a8":
-        values, scale = quantize_groups(x)
+        # The barrier keeps XLA for GPUs from simplifying f32 -> e4m3 -> f32 away, which it does by default.
+        values, scale = jax.lax.optimization_barrier(quantize_groups(x))
         x = values.astype(jnp.float32) * jnp.repeat(scale, 128, axis=-1)[..., : x.shape[-1]]
     return einsum("...k,nk->...n", x, dequantize(w))
 

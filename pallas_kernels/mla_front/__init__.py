@@ -1,11 +1,18 @@
-"""Between MLA's down-projections and its attention: absorbed query, and the row of the latent cache."""
+"""Between MLA's query down-projection and its attention: normed latent and absorbed query."""
 
 from __future__ import annotations
 
-import jax
+from collections.abc import Callable
+from typing import Any
 
-from pallas_kernels.blocks import Weight
-from pallas_kernels.mla_front import reference
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import registry
+from pallas_kernels.arch import Arch
+from pallas_kernels.blocks import BlockScaled, Weight
+from pallas_kernels.mla_front.spec import Spec
+from pallas_kernels.registry import Backend, Refusal
 
 
 def query(
@@ -19,6 +26,7 @@ def query(
     *,
     eps: float,
     arithmetic: str = "w8a16",
+    backend: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Normed query latent and absorbed query.
 
@@ -28,30 +36,45 @@ def query(
       w_uk [layers, heads, nope, kv_lora_rank]; cos, sin float32 [rows, rope / 2]; layer: static or traced scalar.
     Outputs: ql [rows, q_lora_rank] (the indexer reads it too); query [rows, heads, kv_lora_rank + rope], both in q_a's dtype.
     Rounding points: ql, the output of q_b, the rotated part and the absorbed part, each once to q_a's dtype.
+    Refuses: the Triton backend takes bfloat16 and sizes that are multiples of 64; everything else is the reference's.
+    Graph-safe: yes; three launches (norm, q_b, absorption with rotation).
+    Bound: bytes of q_b[layer] (33.6 MB in FP8 at GLM's shape) and of W_UK[layer] (12.6 MB in bfloat16).
     Source: spec section 5.2.
     """
-    return reference.query(q_a, norm, q_b, w_uk, layer, cos, sin, eps, arithmetic)
+    heads, nope, latent = w_uk.shape[1:]
+    spec = Spec(
+        *(q_a.shape[0], heads, nope, 2 * cos.shape[-1], latent, q_a.shape[-1], w_uk.shape[0]),
+        *(q_a.dtype.name, w_uk.dtype.name, isinstance(q_b, BlockScaled), float(eps), arithmetic),
+    )
+    args = (q_a, norm, q_b, w_uk, jnp.asarray(layer, jnp.int32), cos, sin)
+    return registry.call("mla_front", BACKENDS, spec, args, forced=backend)
 
 
-def write_latent(
-    kv_a: jax.Array,
-    norm: jax.Array,
-    cache: jax.Array,
-    layer: int | jax.Array,
-    slots: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
-    *,
-    eps: float,
-) -> jax.Array:
-    """Norms, rotates and stores the shared key of each row.
+def _triton_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
+    if arch is None or arch.sm < 80:
+        return Refusal("needs an NVIDIA GPU of SM80 or newer")
+    if (spec.dtype, spec.weight_dtype) != ("bfloat16", "bfloat16"):
+        return Refusal(f"{spec.dtype} rows and {spec.weight_dtype} W_UK: the kernel takes bfloat16")
+    if spec.nope % 64 or spec.kv_lora_rank % 64 or spec.rope not in (32, 64, 128):
+        return Refusal(
+            f"nope {spec.nope} and kv_lora_rank {spec.kv_lora_rank} must be multiples of 64, rope {spec.rope} 32, 64 or 128"
+        )
+    return None
 
-    Computes: c = RMS(kv_a[:, :kv_lora_rank]; norm[layer], eps); kr = rotated kv_a[:, kv_lora_rank:] (not normed);
-      cache[layer, slot] = pack(c, kr).
-    Inputs: kv_a [rows, kv_lora_rank + rope]; norm [layers, kv_lora_rank]; cache [layers, pages, 64, width] (see ``paged``);
-      slots int32 [rows], -1 writes nothing; cos, sin float32 [rows, rope / 2].
-    Outputs: the cache, same shape. In place: under jit with the cache donated.
-    Rounding points: c and kr once to kv_a's dtype, then the cache's format.
-    Source: spec sections 5.2 and 7.
-    """
-    return reference.write_latent(kv_a, norm, cache, layer, slots, cos, sin, eps)
+
+def _load_triton() -> Callable[..., Any]:
+    from pallas_kernels.mla_front import triton
+
+    return triton.run
+
+
+def _load_reference() -> Callable[..., Any]:
+    from pallas_kernels.mla_front import reference
+
+    return lambda spec, *args: reference.query(*args, eps=spec.eps, arithmetic=spec.arithmetic)
+
+
+BACKENDS = (
+    Backend("triton", _triton_supports, _load_triton),
+    Backend("reference", lambda spec, arch: None, _load_reference),
+)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import paged, rotary
+from pallas_kernels import rotary
 from pallas_kernels.blocks import Weight
 from pallas_kernels.fp8_linear import reference as fp8_linear
 from pallas_kernels.norm_quant import reference as norm_quant
@@ -33,19 +33,3 @@ def query(
 def absorb(q_nope: jax.Array, w_uk: jax.Array) -> jax.Array:
     """q_nope [rows, heads, nope] @ W_UK [heads, nope, latent], rounded to q_nope's dtype."""
     return einsum("rhd,hdc->rhc", q_nope, w_uk).astype(q_nope.dtype)
-
-
-def write_latent(
-    kv_a: jax.Array,
-    norm: jax.Array,
-    cache: jax.Array,
-    layer: int | jax.Array,
-    slots: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
-    eps: float,
-) -> jax.Array:
-    kv_lora_rank = norm.shape[-1]
-    c = norm_quant.rms_norm(kv_a[:, :kv_lora_rank], norm[layer], eps)
-    kr = rotary.apply_rotary(kv_a[:, kv_lora_rank:], cos, sin)
-    return paged.write_rows(cache, layer, slots, paged.pack_latent(c, kr, cache.dtype))

@@ -1,14 +1,22 @@
-"""RMSNorm, LayerNorm and quantization to e4m3 by groups."""
+"""RMSNorm, LayerNorm, quantization to e4m3 by groups, and their fusions with a residual add."""
 
 from __future__ import annotations
 
-import jax
+from collections.abc import Callable
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import registry
+from pallas_kernels.arch import Arch
 from pallas_kernels.norm_quant import reference
+from pallas_kernels.norm_quant.spec import Spec
+from pallas_kernels.registry import Backend, Refusal
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """RMSNorm over the last axis.
+    """RMSNorm over the last axis, in jnp; XLA fuses it with what stands around it.
 
     Computes: weight * x / sqrt(mean(x^2) + eps).
     Inputs: x [..., n] float32 or bfloat16; weight [n]; eps: static float.
@@ -31,12 +39,119 @@ def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float) -> 
     return reference.layer_norm(x, weight, bias, eps)
 
 
-def quantize_groups(x: jax.Array, group: int = 128, floor: float = 1e-10) -> tuple[jax.Array, jax.Array]:
+def quantize_groups(
+    x: jax.Array, group: int = 128, floor: float = 1e-10, *, backend: str | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Quantizes each group of the last axis to e4m3 with its own scale.
 
     Computes: scale = max(amax, floor) / 448; values = e4m3(clamp(x / scale)).
     Inputs: x [..., k] float; group: static, the last group may be short; floor: lower bound of amax.
     Outputs: values float8_e4m3fn [..., k]; scale float32 [..., ceil(k / group)].
+    Refuses: a backend other than the reference takes [rows, k] bfloat16, group 128 and floor 1e-10.
+    Graph-safe: yes.
     Source: spec section 4; scales are not rounded to powers of two.
     """
-    return reference.quantize_groups(x, group, floor)
+    if x.ndim != 2 or (group, floor) != (128, 1e-10):
+        if backend not in (None, "reference"):
+            raise ValueError(f"{backend=} takes [rows, k], group 128, floor 1e-10: got {x.shape}, {group=}, {floor=}")
+        return reference.quantize_groups(x, group, floor)
+    values, scale = _fused(x, None, None, 0, 0.0, True, backend)
+    return values, scale
+
+
+def norm_quantize(
+    x: jax.Array, weight: jax.Array, layer: int | jax.Array, eps: float, *, backend: str | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """RMSNorm and quantization by groups of 128 in one launch.
+
+    Computes: quantize_groups(rms_norm(x, weight[layer], eps)).
+    Inputs: x [rows, n] bfloat16; weight [layers, n]; layer: static or traced scalar; eps: static.
+    Outputs: values float8_e4m3fn [rows, n]; scale float32 [rows, ceil(n / 128)].
+    Rounding points: the norm once to x's dtype, then e4m3, so that the result equals the two operations one after the other.
+    Graph-safe: yes. Source: spec sections 4 and 5.
+    """
+    values, scale = _fused(x, None, weight, layer, eps, True, backend)
+    return values, scale
+
+
+def add_norm(
+    x: jax.Array,
+    residual: jax.Array,
+    weight: jax.Array,
+    layer: int | jax.Array,
+    eps: float,
+    *,
+    backend: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Residual add and the RMSNorm that follows, in one launch.
+
+    Computes: h = x + residual; (h, rms_norm(h, weight[layer], eps)).
+    Inputs: x, residual [rows, n] of one dtype; weight [layers, n]; layer: static or traced scalar; eps: static.
+    Outputs: h and its norm, [rows, n] in x's dtype. Rounding points: h once; the norm is taken of the rounded h, and rounded once.
+    Graph-safe: yes. Source: spec section 5.
+    """
+    total, normed = _fused(x, residual, weight, layer, eps, False, backend)
+    return total, normed
+
+
+def add_norm_quantize(
+    x: jax.Array,
+    residual: jax.Array,
+    weight: jax.Array,
+    layer: int | jax.Array,
+    eps: float,
+    *,
+    backend: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``add_norm`` with the norm quantized by groups of 128: (h, values float8_e4m3fn [rows, n], scale [rows, ceil(n / 128)]).
+
+    Inputs, rounding points and source: as ``add_norm`` and ``norm_quantize``.
+    """
+    total, values, scale = _fused(x, residual, weight, layer, eps, True, backend)
+    return total, values, scale
+
+
+def _fused(
+    x: jax.Array,
+    residual: jax.Array | None,
+    weight: jax.Array | None,
+    layer: int | jax.Array,
+    eps: float,
+    quantize: bool,
+    backend: str | None,
+) -> tuple[jax.Array, ...]:
+    if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
+        raise ValueError(f"residual {residual.shape} {residual.dtype} must match x {x.shape} {x.dtype}")
+    if weight is not None and (weight.ndim != 2 or weight.shape[1] != x.shape[1]):
+        raise ValueError(f"weight of shape {weight.shape} must be [layers, {x.shape[1]}]")
+    layers, kind = (1, "none") if weight is None else (weight.shape[0], weight.dtype.name)
+    sizes = (x.shape[0], x.shape[1], layers, x.dtype.name, kind)
+    spec = Spec(*sizes, residual is not None, weight is not None, quantize, float(eps))
+    args = (x, residual, weight, jnp.asarray(layer, jnp.int32))
+    return registry.call("norm_quant", BACKENDS, spec, args, forced=backend)
+
+
+def _triton_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
+    if arch is None or arch.sm < 80:
+        return Refusal("needs an NVIDIA GPU of SM80 or newer")
+    if spec.dtype != "bfloat16":
+        return Refusal(f"rows are {spec.dtype}, the kernel takes bfloat16")
+    if spec.width > 16384:
+        return Refusal(f"width {spec.width} exceeds 16384, what one program holds in registers")
+    return None
+
+
+def _load_triton() -> Callable[..., Any]:
+    from pallas_kernels.norm_quant import triton
+
+    return triton.run
+
+
+def _load_reference() -> Callable[..., Any]:
+    return reference.fused
+
+
+BACKENDS = (
+    Backend("triton", _triton_supports, _load_triton),
+    Backend("reference", lambda spec, arch: None, _load_reference),
+)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.blocks import E4M3_MAX, to_e4m3
+from pallas_kernels.norm_quant.spec import Spec
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -28,6 +29,19 @@ def quantize_groups(x: jax.Array, group: int = 128, floor: float = 1e-10) -> tup
     scale = jnp.maximum(jnp.max(jnp.abs(groups), axis=-1), floor) / E4M3_MAX
     values = to_e4m3(groups / scale[..., None]).reshape(padded.shape)[..., :k]
     return values, scale
+
+
+def fused(
+    spec: Spec, x: jax.Array, residual: jax.Array | None, weight: jax.Array | None, layer: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Add, norm and quantize one after the other, each with its own rounding."""
+    results: tuple[jax.Array, ...] = ()
+    if residual is not None:
+        x = (x.astype(jnp.float32) + residual.astype(jnp.float32)).astype(x.dtype)
+        results = (x,)
+    if weight is not None:
+        x = rms_norm(x, weight[layer], spec.eps)
+    return (*results, *quantize_groups(x)) if spec.quantize else (*results, x)
 
 
 def _row(weight: jax.Array, like: jax.Array) -> jax.Array:

@@ -2,24 +2,120 @@
 
 from __future__ import annotations
 
-import jax
+from collections.abc import Callable
+from typing import Any
 
-from pallas_kernels.sparse_mla import reference
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import registry
+from pallas_kernels.arch import Arch
+from pallas_kernels.registry import Backend, Refusal
+from pallas_kernels.sparse_mla.spec import Spec
 
 
 def attend(
-    q: jax.Array, cache: jax.Array, layer: int | jax.Array, slots: jax.Array, *, kv_lora_rank: int, scale: float
+    q: jax.Array,
+    cache: jax.Array,
+    layer: int | jax.Array,
+    slots: jax.Array,
+    *,
+    kv_lora_rank: int,
+    scale: float,
+    splits: int = 0,
+    backend: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Absorbed multi-query attention of each row over its own slots.
 
     Computes: p = softmax_j(scale * q[h] . key_j) over the selected slots; context[h] = sum_j p_j * key_j[:kv_lora_rank].
     Inputs: q [rows, heads, kv_lora_rank + rope]; cache [layers, pages, 64, width] (formats in ``paged``); layer: static or
-      traced scalar; slots int32 [rows, k], negative or out of the cache = not selected, any order; scale: (nope + rope)^-1/2.
+      traced scalar, in range; slots int32 [rows, k], negative or out of the cache = not selected, any order (padding is how
+      a row's length is given); scale: (nope + rope)^-1/2; splits: programs that share the keys of one row, 0 = by size.
     Outputs: context [rows, heads, kv_lora_rank] in q's dtype; lse float32 [rows, heads], the natural log of the sum of
       exponentials, for merging shards of a context (-inf and a zero context where nothing is selected).
     Rounding points: FP8 latents are dequantized to q's dtype; scores, softmax and sums in float32; one rounding at the end.
-    Graph-safe: yes. What is not selected is not used, NaN included.
-    Bound: rows * k * row bytes of the cache (656 for FP8).
+      The GPU backends also round the softmax weights to bfloat16 for the second product, and read an e4m3 NaN byte (which
+      no writer of ``paged`` makes) as 480 times the scale.
+    Refuses: the GPU backends take bfloat16 queries, kv_lora_rank 512, rope 64; everything else is the reference's.
+    In place: nothing. Graph-safe: yes; a fixed number of splits gives the same bits in every call. What is not selected is
+      not read, NaN included.
+    Bound: rows * k * row bytes of the cache (656 for FP8); flops 2 * rows * heads * k * (2 * kv_lora_rank + rope).
     Source: spec sections 5.2, 5.4 and 7.
     """
-    return reference.attend(q, cache, layer, slots, kv_lora_rank, scale)
+    spec = Spec(
+        *(
+            q.shape[0],
+            q.shape[1],
+            slots.shape[1],
+            kv_lora_rank,
+            q.shape[2] - kv_lora_rank,
+            cache.shape[0],
+            cache.shape[1],
+        ),
+        *(q.dtype.name, cache.dtype.name, float(scale), splits),
+    )
+    if cache.shape[-1] != spec.width:
+        raise ValueError(f"cache rows hold {cache.shape[-1]} elements of {cache.dtype}, {spec} needs {spec.width}")
+    args = (q, cache, jnp.asarray(layer, jnp.int32), slots)
+    return registry.call("sparse_mla", BACKENDS, spec, args, forced=backend)
+
+
+def _sizes(spec: Spec) -> Refusal | None:
+    """What the GPU kernels are written for."""
+    if (spec.kv_lora_rank, spec.rope) != (512, 64):
+        return Refusal(f"kv_lora_rank {spec.kv_lora_rank} and rope {spec.rope} must be 512 and 64")
+    if spec.q_dtype != "bfloat16":
+        return Refusal(f"queries are {spec.q_dtype}, the kernel computes in bfloat16")
+    if spec.cache_dtype not in ("uint8", "bfloat16", "float32"):
+        return Refusal(f"the cache is {spec.cache_dtype}, not uint8, bfloat16 or float32")
+    if min(spec.rows, spec.heads, spec.k) < 1:
+        return Refusal(f"{spec.rows} rows, {spec.heads} heads and {spec.k} slots must all be at least 1")
+    return None
+
+
+def _triton_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
+    if arch is None or arch.sm < 80:
+        return Refusal("needs an NVIDIA GPU of SM80 or newer")
+    return _sizes(spec)
+
+
+def _gluon_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
+    if arch is None or arch.sm != 90:
+        return Refusal("needs Hopper (SM90)")
+    if spec.cache_dtype != "uint8":
+        return Refusal(f"the cache is {spec.cache_dtype}, the kernel reads FP8 latents (uint8)")
+    if spec.heads <= 32:
+        return Refusal(f"{spec.heads} heads would be padded to 64")
+    return _sizes(spec)
+
+
+def _reference_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
+    return None
+
+
+def _load_triton() -> Callable[..., Any]:
+    from pallas_kernels.sparse_mla import triton
+
+    return triton.run
+
+
+def _load_gluon() -> Callable[..., Any]:
+    from pallas_kernels.sparse_mla import gluon_sm90
+
+    return gluon_sm90.run
+
+
+def _load_reference() -> Callable[..., Any]:
+    from pallas_kernels.sparse_mla import reference
+
+    def run(spec: Spec, q: jax.Array, cache: jax.Array, layer: jax.Array, slots: jax.Array) -> Any:
+        return reference.attend(q, cache, layer, slots, spec.kv_lora_rank, spec.scale)
+
+    return run
+
+
+BACKENDS = (
+    Backend("gluon", _gluon_supports, _load_gluon),
+    Backend("triton", _triton_supports, _load_triton),
+    Backend("reference", _reference_supports, _load_reference),
+)

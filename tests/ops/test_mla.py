@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import mla_front, mla_out, paged
+from pallas_kernels import latent_write, mla_front, mla_out, paged
 from pallas_kernels.blocks import Weight
 from tests.ops.numpy_ops import (
     assert_bf16,
@@ -25,7 +25,7 @@ from tests.ops.numpy_ops import (
 LAYERS, ROWS, HEADS, Q_RANK, NOPE, ROPE, RANK, V, HIDDEN = 2, 7, 3, 140, 20, 8, 144, 24, 136
 EPS = 1e-5
 query = jax.jit(mla_front.query, static_argnames=("eps", "arithmetic"))
-write_latent = jax.jit(mla_front.write_latent, static_argnames=("eps",))
+write_latent = jax.jit(latent_write.write, static_argnames=("eps",))
 output = jax.jit(mla_out.output, static_argnames=("arithmetic",))
 ANGLE = np.random.default_rng(0).uniform(-9, 9, (ROWS, ROPE // 2))
 COS, SIN = jnp.asarray(np.cos(ANGLE), jnp.float32), jnp.asarray(np.sin(ANGLE), jnp.float32)

@@ -1,0 +1,1 @@
+"""Benchmarks of the operations: `python -m bench`."""

@@ -1,0 +1,116 @@
+"""Static sizes of fp8_linear: the spec of a call, the real shapes, and what they cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.blocks import BLOCK, E4M3, BlockScaled
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """One call: outputs [rows, n] for every n of ``ns`` (SwiGLU: one n, of gate and of up).
+
+    arithmetic: "w8a16" or "w8a8". form: "linear" or "swiglu". weights: "float8_e4m3fn" for blocks, or the float dtype. layers: size
+    of the flattened stack. x_dtype, out_dtype: names of dtypes.
+    """
+
+    rows: int
+    k: int
+    ns: tuple[int, ...]
+    arithmetic: str = "w8a16"
+    form: str = "linear"
+    weights: str = "float8_e4m3fn"
+    layers: int = 1
+    x_dtype: str = "bfloat16"
+    out_dtype: str = "bfloat16"
+
+    @property
+    def mats(self) -> int:
+        return 2 if self.form == "swiglu" else 1
+
+    def flops(self) -> int:
+        return 2 * self.rows * self.k * sum(self.ns) * self.mats
+
+    def bytes(self) -> int:
+        """Weights and scales of one layer, x and the outputs, each once."""
+        total = self.rows * self.k * jnp.dtype(self.x_dtype).itemsize
+        for n in self.ns:
+            total += self.mats * n * self.k * jnp.dtype(self.weights).itemsize
+            total += self.rows * n * jnp.dtype(self.out_dtype).itemsize
+            if self.weights == "float8_e4m3fn":
+                total += self.mats * 4 * -(-n // BLOCK) * -(-self.k // BLOCK)
+        return total
+
+
+def _cases() -> dict[str, Spec]:
+    shapes: dict[str, tuple[int, tuple[int, ...], str]] = {
+        "o_proj": (16384, (6144,), "linear"),
+        "q_b": (2048, (16384,), "linear"),
+        "q_a_kv_a": (6144, (2048, 576), "linear"),
+        "dense_gate_up": (6144, (12288,), "swiglu"),
+        "dense_down": (12288, (6144,), "linear"),
+        "shared_gate_up": (6144, (2048,), "swiglu"),
+        "shared_down": (2048, (6144,), "linear"),
+        "index_q": (2048, (4096,), "linear"),
+        "o_proj_tp8": (2048, (6144,), "linear"),
+        "q_b_tp8": (2048, (2048,), "linear"),
+    }
+    return {
+        f"{name}_{arithmetic}": Spec(1, k, ns, arithmetic, form)
+        for name, (k, ns, form) in shapes.items()
+        for arithmetic in ("w8a8", "w8a16")
+    }
+
+
+CASES: dict[str, Spec] = _cases()
+# Against the reference, bfloat16 outputs: one rounding is 1.7e-3; the accumulation of FP8 wgmma stays below it.
+TOLERANCE: dict[str, float] = {"mosaic_sm90": 2.5e-3}
+
+
+def inputs(spec: Spec, key: jax.Array) -> tuple[Any, ...]:
+    """(x [rows, k], weights, index, None), made on the device: e4m3 of all finite values, positive scales around 1e-3."""
+    return jax.jit(functools.partial(_inputs, spec))(key)
+
+
+def _inputs(spec: Spec, key: jax.Array) -> tuple[Any, ...]:
+    x = jax.random.normal(jax.random.fold_in(key, 0), (spec.rows, spec.k), jnp.float32).astype(spec.x_dtype)
+    stack = (spec.layers, 2) if spec.form == "swiglu" else (spec.layers,)
+    weights = []
+    for j, n in enumerate(spec.ns):
+        a, b = jax.random.split(jax.random.fold_in(key, 1 + j))
+        # Bit 0 is cleared: the NaN of e4m3fn has all of the lower seven bits set.
+        bits = jax.random.bits(a, (*stack, n, spec.k), jnp.uint8) & jnp.uint8(0xFE)
+        if spec.weights != "float8_e4m3fn":
+            weights.append((jax.random.normal(a, (*stack, n, spec.k)) * spec.k**-0.5).astype(spec.weights))
+            continue
+        shape = (*stack, -(-n // BLOCK), -(-spec.k // BLOCK))
+        scale = jax.random.uniform(b, shape, jnp.float32, 0.5, 1.5) * 1e-3
+        weights.append(BlockScaled(jax.lax.bitcast_convert_type(bits, E4M3), scale))
+    return x, tuple(weights), (jnp.zeros((), jnp.int32),), None
+
+
+def advance(spec: Spec, args: tuple[Any, ...], out: Any, i: int) -> tuple[Any, ...]:
+    """The next layer of the stack; the outputs before become an operand that is not read, so that calls stay in order."""
+    x, weights, _, _ = args
+    return x, weights, (jnp.asarray(i % spec.layers, jnp.int32),), jax.tree.leaves(out)[0]
+
+
+RIVALS: dict[str, dict[str, dict[int, float]]] = {
+    "o_proj_w8a8": {"target": {1: 27.4, 8: 30.0}},
+    "q_b_w8a8": {"target": {1: 10.5, 8: 11.5}},
+    "q_a_kv_a_w8a8": {"target": {1: 9.0, 8: 10.0}},
+    "dense_gate_up_w8a8": {"target": {1: 39.0, 8: 41.0}},
+    "o_proj_w8a16": {"OpenInfer CUDA": {1: 27.4, 8: 44.4}, "target": {1: 31.5}},
+    "q_b_w8a16": {"OpenInfer CUDA": {1: 10.6, 8: 15.2}, "target": {1: 12.1}},
+    "q_a_kv_a_w8a16": {"OpenInfer CUDA": {1: 15.0, 8: 17.0}, "target": {1: 10.35}},
+    "dense_gate_up_w8a16": {"OpenInfer CUDA": {1: 39.0, 8: 59.2}, "target": {1: 44.9}},
+    "dense_down_w8a16": {"OpenInfer CUDA": {1: 22.8, 8: 32.1}},
+    "o_proj_tp8_w8a8": {"target": {1: 5.0}},
+    "q_b_tp8_w8a8": {"target": {1: 5.0}},
+}

@@ -1,0 +1,83 @@
+"""Static sizes of a norm or quantization, the real shapes by name, and their inputs."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One call. ``add``: a residual is added first; ``norm``: RMSNorm; ``quantize``: e4m3 by groups of 128 at the end."""
+
+    rows: int
+    width: int
+    layers: int
+    dtype: str
+    weight_dtype: str
+    add: bool
+    norm: bool
+    quantize: bool
+    eps: float
+
+    def flops(self) -> int:
+        """A few operations an element, never the limit."""
+        return 8 * self.rows * self.width
+
+    def bytes(self) -> int:
+        """Each row in (twice with a residual), each result out, the norm's weight once."""
+        size = jnp.dtype(self.dtype).itemsize
+        out = (size if self.add else 0) + (1 if self.quantize else size)
+        weight = self.width * jnp.dtype(self.weight_dtype).itemsize if self.norm else 0
+        scales = 4 * -(-self.width // 128) * self.rows if self.quantize else 0
+        return self.rows * self.width * (size * (1 + self.add) + out) + scales + weight
+
+
+def _glm(width: int, add: bool, norm: bool, quantize: bool) -> Spec:
+    return Spec(1, width, 1, "bfloat16", "bfloat16", add, norm, quantize, 1e-5)
+
+
+CASES: dict[str, Spec] = {
+    "norm_6144": _glm(6144, False, True, False),
+    "norm_2048": _glm(2048, False, True, False),
+    "quantize_16384": _glm(16384, False, False, True),
+    "norm_quantize_6144": _glm(6144, False, True, True),
+    "add_norm_6144": _glm(6144, True, True, False),
+    "add_norm_quantize_6144": _glm(6144, True, True, True),
+}
+RIVALS: dict[str, dict[str, dict[int, float]]] = {}
+
+
+def tolerance(spec: Spec, backend: str) -> float:
+    """The last bit of a sum may move a bfloat16 result by one step (2^-8 of it), and a middle to the other e4m3 value. Under jit
+    XLA may also keep the reference's sum unrounded (excess precision), which is half a bfloat16 step on every number."""
+    if spec.quantize:
+        return 2e-2
+    return 5e-3 if spec.add else 2e-3
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def inputs(spec: Spec, key: jax.Array) -> tuple[Any, ...]:
+    """(x, residual or None, weight or None, layer), normal."""
+    kx, kr, kw = jax.random.split(key, 3)
+    x = jax.random.normal(kx, (spec.rows, spec.width), jnp.float32).astype(spec.dtype)
+    residual = jax.random.normal(kr, x.shape, jnp.float32).astype(spec.dtype) if spec.add else None
+    weight = 1.0 + 0.1 * jax.random.normal(kw, (spec.layers, spec.width), jnp.float32)
+    return x, residual, weight.astype(spec.weight_dtype) if spec.norm else None, jnp.zeros((), jnp.int32)
+
+
+def comparable(spec: Spec, out: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Quantized values times their scales, so that a step of a scale and one of its values do not count twice."""
+    if not spec.quantize:
+        return out
+    *rest, values, scale = out
+    return *rest, values.astype(jnp.float32) * jnp.repeat(scale, 128, axis=-1)[..., : spec.width]
+
+
+def advance(spec: Spec, args: tuple[Any, ...], out: tuple[jax.Array, ...], i: int) -> tuple[Any, ...]:
+    """The next layer's weight; the bench itself keeps calls in order."""
+    return *args[:3], jnp.asarray(i % spec.layers, jnp.int32)

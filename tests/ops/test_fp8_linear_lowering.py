@@ -1,0 +1,145 @@
+"""The Hopper kernel of fp8_linear without a GPU: its plans, its results in Pallas' interpreter, its lowering for CUDA."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import fp8_linear, lowering, registry
+from pallas_kernels.arch import by_name
+from pallas_kernels.compare import compare
+from pallas_kernels.fp8_linear import mosaic_sm90, plan, reference
+from pallas_kernels.fp8_linear.spec import CASES, Spec, inputs
+
+H200 = by_name("H200-141")
+# Small, and together: one row by eight k-blocks a wgmma and by one, two weights, SwiGLU, uneven shares, 576 rows, padding.
+SMALL = {
+    "one row": Spec(1, 2048, (128,), "w8a8", layers=2),
+    "one row, w8a16": Spec(1, 1024, (192,), "w8a16", layers=2),
+    "one row, few blocks": Spec(1, 384, (64,), "w8a16"),
+    "one row, swiglu": Spec(1, 1024, (64,), "w8a16", form="swiglu", layers=2),
+    "three rows, two weights": Spec(3, 512, (64, 192), "w8a8", layers=2),
+    "eight rows, uneven": Spec(8, 640, (64,), "w8a16"),
+    "swiglu": Spec(5, 512, (64,), "w8a8", form="swiglu"),
+    "sixteen rows": Spec(16, 512, (64,), "w8a8", layers=3),
+    "64 rows": Spec(64, 256, (64,), "w8a16"),
+}
+# Lowering takes 0.5 s a kernel: several rows only for these.
+WIDE = ("o_proj_w8a8", "q_a_kv_a_w8a16", "dense_gate_up_w8a16")
+
+
+def run_interpreted(spec: Spec, args: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> tuple[jax.Array, ...]:
+    """The kernel in the interpreter, with its races recorded: any race fails."""
+    build = mosaic_sm90.build
+    params = plgpu.InterpretGPUParams(detect_races=True)
+    monkeypatch.setattr(mosaic_sm90, "build", lambda plan, dtype: build(plan, dtype, params))
+    out = jax.block_until_ready(mosaic_sm90.run(spec, *args))
+    assert not gpu_callbacks.get_races().races_found
+    return out
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_interpreted_kernel_agrees_with_the_reference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured MEAS: the interpreter accumulates in float32."""
+    spec = dataclasses.replace(SMALL[name], out_dtype="float32")
+    x, weights, _, _ = inputs(spec, jax.random.key(len(name)))
+    args = (x, weights, (jnp.asarray(spec.layers - 1, jnp.int32),))
+    got = run_interpreted(spec, args, monkeypatch)
+    want = reference.run(dataclasses.replace(spec, x_dtype="float32"), x.astype(jnp.float32), *args[1:])
+    for a, b in zip(got, want, strict=True):
+        difference = compare(a, b)
+        assert difference.rel_l2 < 2e-6, difference
+
+
+def test_w8a16_keeps_small_elements_of_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside an element of 1, those down to 2^-14 are exact; an e4m3 x of W8A8 keeps nothing below 2^-18."""
+    spec = Spec(1, 1024, (64,), "w8a16", out_dtype="float32")
+    _, weights, index, _ = inputs(spec, jax.random.key(0))
+    x = np.full((1, 1024), 1.0078125 * 2.0**-14, np.float32)
+    x[0, ::128] = 1.0
+    small = jnp.asarray(x, jnp.bfloat16)
+    got = run_interpreted(spec, (small, weights, index), monkeypatch)[0]
+    want = reference.run(dataclasses.replace(spec, x_dtype="float32"), small.astype(jnp.float32), weights, index)[0]
+    assert compare(got, want).rel_l2 < 2e-6
+
+
+@pytest.mark.parametrize("rows", [1, 8, 33])
+@pytest.mark.parametrize("value", ["zero", "nan", "inf", "huge"])
+def test_hostile_rows_stay_by_themselves(rows: int, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = Spec(rows, 1024, (64,), "w8a8", out_dtype="float32")
+    x, weights, index, _ = inputs(spec, jax.random.key(1))
+    bad = {"zero": 0.0, "nan": np.nan, "inf": np.inf, "huge": 3e38}[value]
+    x = x.at[0, :128].set(jnp.bfloat16(bad))
+    got = np.asarray(run_interpreted(spec, (x, weights, index), monkeypatch)[0])
+    want = np.asarray(reference.run(spec, x, weights, index)[0])
+    assert np.isnan(got[0]).all() == (value in ("nan", "inf"))
+    assert np.isfinite(got[1:]).all()
+    finite = slice(1 if value in ("nan", "inf", "huge") else 0, None)
+    if rows > 1 or value == "zero":
+        assert compare(got[finite], want[finite]).rel_l2 < 2e-6
+
+
+@pytest.mark.parametrize("rows,name", [(1, name) for name in CASES] + [(8, name) for name in WIDE] + [(64, WIDE[2])])
+def test_real_cases_lower_for_cuda(name: str, rows: int) -> None:
+    spec = dataclasses.replace(CASES[name], rows=rows, layers=3)
+    choice = registry.resolve("fp8_linear", fp8_linear.BACKENDS, spec, arch=H200)
+    assert choice.backend == "mosaic_sm90", choice
+    shapes = jax.eval_shape(lambda key: inputs(spec, key), jax.random.key(0))
+    text = lowering.lower_for_cuda(lambda *args: mosaic_sm90.run(spec, *args), *shapes, arch=H200)
+    assert text.count("mosaic_gpu") >= 1
+
+
+def test_stack_beyond_32_bit_offsets_lowers() -> None:
+    """256 experts' gate and up: 6.4e9 elements."""
+    spec = dataclasses.replace(CASES["shared_gate_up_w8a8"], layers=256)
+    shapes = jax.eval_shape(lambda key: inputs(spec, key), jax.random.key(0))
+    assert shapes[1][0].data.size > 2**32
+    assert lowering.lower_for_cuda(lambda *args: mosaic_sm90.run(spec, *args), *shapes, arch=H200)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8, 9, 17, 64])
+@pytest.mark.parametrize("name", CASES)
+def test_plans_fit(name: str, rows: int) -> None:
+    chosen = plan.plan_for(dataclasses.replace(CASES[name], rows=rows))
+    assert chosen is not None and chosen.rows == rows
+    assert chosen.smem <= 226 * 1024 and chosen.blocks % chosen.unit == 0 and chosen.unit % chosen.step == 0
+    assert chosen.warpgroups * chosen.stages <= 32 and chosen.columns >= min(rows, 8)
+
+
+def test_dispatch_never_changes_the_arithmetic() -> None:
+    spec = CASES["o_proj_w8a16"]
+    assert plan.plan_for(spec).terms == 2  # type: ignore[union-attr]
+    assert plan.plan_for(CASES["o_proj_w8a8"]).terms == 1  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"rows": 65}, "1 to 64 rows, got 65"),
+        ({"k": 300}, "k=300"),
+        ({"ns": (200,)}, r"n=\(200,\)"),
+        ({"weights": "bfloat16"}, "got bfloat16"),
+        ({"x_dtype": "float32"}, "got float32"),
+    ],
+)
+def test_refusals_say_why(change: dict[str, Any], reason: str) -> None:
+    spec = dataclasses.replace(Spec(1, 512, (128,)), **change)
+    with pytest.raises(registry.BackendRefused, match=reason):
+        registry.resolve("fp8_linear", fp8_linear.BACKENDS, spec, arch=H200, forced="mosaic_sm90")
+    with pytest.raises(registry.BackendRefused, match="needs SM90, got SM80"):
+        registry.resolve(
+            "fp8_linear", fp8_linear.BACKENDS, Spec(1, 512, (128,)), arch=by_name("A100-80"), forced="mosaic_sm90"
+        )
+
+
+def test_linears_equal_linear() -> None:
+    spec = Spec(2, 256, (64, 128), "w8a8")
+    x, weights, index, _ = inputs(spec, jax.random.key(0))
+    both = fp8_linear.linears(x, weights, index, arithmetic="w8a8")
+    for w, got in zip(weights, both, strict=True):
+        np.testing.assert_array_equal(got, fp8_linear.linear(x, w, index, arithmetic="w8a8"))
