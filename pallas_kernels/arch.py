@@ -1,6 +1,4 @@
-"""What a GPU is: the static numbers that kernels, plans and rooflines need.
-
-The table needs neither JAX nor a GPU; only ``default_arch`` asks JAX for a device.
+"""What a GPU is: the static numbers that kernels, plans and rooflines need. No JAX here, and no GPU is touched.
 
 Sources: NVIDIA's datasheets and the CUDA documentation (compute-capability tables, architecture tuning guides), except
 ``copy_bandwidth``, which this project measured. Datasheet gigabytes are taken as 1e9 bytes; drivers report a few
@@ -9,18 +7,7 @@ percent more.
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
-import functools
-import math
-import os
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import jax
 
 _KIB = 1024
 _MIB = 1024 * 1024
@@ -114,63 +101,3 @@ _PREFIXES = (
     ("RTX 4090", "RTX 4090"),
     ("RTX PRO 6000", "RTX PRO 6000"),
 )
-
-
-def from_device(device: jax.Device) -> Arch | None:
-    """Returns what is known of a JAX device: None unless it is an NVIDIA GPU.
-
-    A GPU that the table lacks gets what its driver says (capability, SMs); its bandwidths and sizes are NaN or 0, so that
-    kernels can serve it and nobody draws a roofline for it.
-    """
-    if device.platform != "gpu" or "AMD" in device.device_kind.upper():
-        return None
-    known = from_device_kind(device.device_kind)
-    if known:
-        return known
-    sm = int(str(getattr(device, "compute_capability", "0")).replace(".", ""))
-    # 99 KiB is what the smallest generation from SM80 on (SM86, SM89, SM120) lets a block opt in to.
-    smem = _SMEM_OPT_IN.get(sm, 99 * _KIB)
-    return Arch(device.device_kind, sm, int(getattr(device, "core_count", 0)), smem, 0, 0, math.nan)
-
-
-def default_arch() -> Arch | None:
-    """The GPU that JAX computes on by default, or None where that is no NVIDIA GPU.
-
-    Inside ``target`` it is the one named there. Where the platform is fixed to the CPU no JAX backend is started.
-    """
-    aimed = _TARGET.get()
-    if aimed:
-        return aimed
-    jax = sys.modules.get("jax")
-    platforms = jax.config.jax_platforms if jax else os.environ.get("JAX_PLATFORMS")
-    if platforms == "cpu":
-        return None
-    import jax
-
-    device = jax.config.jax_default_device
-    return _cached_device(device if device is not None else jax.devices()[0])
-
-
-@contextlib.contextmanager
-def target(arch: Arch) -> Iterator[None]:
-    """Makes ``default_arch`` name this GPU for what is traced inside, such as a lowering for CUDA on a CPU machine.
-
-    Functions that were traced before keep the backends they chose: trace inside, with a jit of its own.
-    """
-    token = _TARGET.set(arch)
-    try:
-        yield
-    finally:
-        _TARGET.reset(token)
-
-
-_TARGET: contextvars.ContextVar[Arch | None] = contextvars.ContextVar("target_arch", default=None)
-
-
-@functools.cache
-def _cached_device(device: jax.Device | str) -> Arch | None:
-    if isinstance(device, str):  # jax.config.update("jax_default_device", "gpu")
-        import jax
-
-        device = jax.devices(device)[0]
-    return from_device(device)

@@ -84,13 +84,13 @@ def build(plan: Plan, out_dtype: str, interpret: Any = None) -> Callable[..., li
     tiled = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
     groups, stages, steps = plan.warpgroups, plan.stages, plan.step
     scratch = (
-        plgpu.SMEM((groups, stages, steps, mats, TILE, BLOCK), E4M3, transforms=tiled),
+        plgpu.SMEM((groups, stages, mats, TILE, steps * BLOCK), E4M3, transforms=tiled),
         plgpu.SMEM((groups, plan.x_slots, plan.atoms, plan.columns, BLOCK), jnp.bfloat16),
         plgpu.SMEM((mats, plan.scale_slots), jnp.float32),
         plgpu.SMEM((groups, 2, plan.atoms, plan.n, BLOCK), E4M3, transforms=tiled),
         plgpu.SMEM((groups, 2, plan.unit, plan.n), jnp.float32),
         plgpu.SMEM((groups, mats, TILE, 1 if plan.one_row else plan.n), jnp.float32),
-        plgpu.Barrier(num_arrivals=mats * steps, num_barriers=groups * stages),
+        plgpu.Barrier(num_arrivals=mats, num_barriers=groups * stages),
         plgpu.Barrier(num_arrivals=plan.atoms, num_barriers=groups * plan.x_slots),
         plgpu.Barrier(num_arrivals=mats),
         plgpu.Barrier(num_arrivals=groups),
@@ -182,7 +182,9 @@ class _Tile:
         self.store_partial(totals)
         plgpu.commit_smem()
         plgpu.barrier_arrive(self.done)
-        pl.when(self.wg == 0)(self.finish)
+        plgpu.barrier_wait(self.done)
+        for row in range(plan.rows):
+            pl.when(self.wg == row % plan.warpgroups)(functools.partial(self.finish, row))
 
     @staticmethod
     def _when(condition: Any, action: Callable[[], None]) -> None:
@@ -199,12 +201,10 @@ class _Tile:
         block = unit * plan.unit + lax.rem(i, plan.steps_per_unit) * plan.step
         slot = lax.rem(i, plan.stages)
         for m in range(plan.mats):
-            for g in range(plan.step):
-                source = self.w.at[
-                    self.layer * plan.mats + m, pl.ds(self.tile * TILE, TILE), pl.ds((block + g) * BLOCK, BLOCK)
-                ]
-                barrier = self.full.at[self.wg * plan.stages + slot]
-                plgpu.copy_gmem_to_smem(source, self.ring.at[self.wg, slot, g, m], barrier)
+            columns = pl.ds(block * BLOCK, plan.step * BLOCK)
+            source = self.w.at[self.layer * plan.mats + m, pl.ds(self.tile * TILE, TILE), columns]
+            barrier = self.full.at[self.wg * plan.stages + slot]
+            plgpu.copy_gmem_to_smem(source, self.ring.at[self.wg, slot, m], barrier)
 
     def fetch_x(self, iu: Any) -> None:
         plan = self.plan
@@ -280,7 +280,8 @@ class _Tile:
             for j, acc in enumerate(accumulators):
                 g, m = divmod(j, plan.mats)
                 atom = 0 if plan.one_row else s * plan.step + g
-                plgpu.wgmma(acc, self.ring.at[self.wg, slot, g, m], self.x8.at[self.wg, buffer, atom].T)
+                block = self.ring.at[self.wg, slot, m, :, pl.ds(g * BLOCK, BLOCK)]
+                plgpu.wgmma(acc, block, self.x8.at[self.wg, buffer, atom].T)
             return tuple(acc[...] for acc in accumulators)
 
         kinds = [plgpu.ACC((TILE, plan.n), jnp.float32)] * (plan.step * plan.mats)
@@ -294,21 +295,18 @@ class _Tile:
             else:
                 self.partial.at[self.wg, m][...] = totals[m]
 
-    def finish(self) -> None:
-        """Adds the warpgroups' sums in order and stores 64 outputs a row of x."""
+    def finish(self, row: int) -> None:
+        """Adds the warpgroups' sums in order and stores 64 outputs of one row of x."""
         plan = self.plan
-        plgpu.barrier_wait(self.done)
-        terms = 1 if plan.one_row else plan.terms
-        for row in range(plan.rows):
-            values = []
-            for m in range(plan.mats):
-                parts = [
-                    plgpu.load(self.partial.at[g, m, :, row + t * plan.columns], layout=_ACC.reduce(1), optimized=False)
-                    for g in range(plan.warpgroups)
-                    for t in range(terms)
-                ]
-                values.append(functools.reduce(lambda a, b: a + b, parts))
-            y = values[0]
-            if plan.mats == 2:
-                y = y / (1.0 + jnp.exp(-y)) * values[1]
-            self.out.at[row, pl.ds(self.tile * TILE, TILE)][...] = y.astype(self.out.dtype)
+        values = []
+        for m in range(plan.mats):
+            parts = [
+                plgpu.load(self.partial.at[g, m, :, row + t * plan.columns], layout=_ACC.reduce(1), optimized=False)
+                for g in range(plan.warpgroups)
+                for t in range(1 if plan.one_row else plan.terms)
+            ]
+            values.append(functools.reduce(lambda a, b: a + b, parts))
+        y = values[0]
+        if plan.mats == 2:
+            y = y / (1.0 + jnp.exp(-y)) * values[1]
+        self.out.at[row, pl.ds(self.tile * TILE, TILE)][...] = y.astype(self.out.dtype)

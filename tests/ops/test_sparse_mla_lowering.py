@@ -41,13 +41,14 @@ def lower(spec: Spec, gpu: arch.Arch, backend: str) -> str:
 @pytest.mark.parametrize("name", ["h64_k2048_fp8", "h8_k2048_fp8", "h64_k2048_bf16"])
 def test_triton_compiles(name: str, gpu: str, rows: int) -> None:
     text = lower(dataclasses.replace(CASES[name], rows=rows), arch.by_name(gpu), "triton")
-    assert "sparse_mla_split" in text
+    assert text.count("triton_kernel_call") in (1, 2)
 
 
 @pytest.mark.needs_triton
-@pytest.mark.parametrize("rows", [1, 128])
+@pytest.mark.parametrize("rows", [8, 128])
 def test_gluon_compiles(rows: int) -> None:
-    assert "sparse_mla_split_sm90" in lower(dataclasses.replace(CASES["h64_k2048_fp8"], rows=rows), H200, "gluon")
+    text = lower(dataclasses.replace(CASES["h64_k2048_fp8"], rows=rows), H200, "gluon")
+    assert text.count("triton_kernel_call") == (2 if rows == 8 else 1)
 
 
 @pytest.mark.parametrize(
@@ -66,11 +67,12 @@ def test_a_forced_backend_says_why_it_cannot(backend: str, change: dict[str, obj
 
 
 def test_the_gpu_decides() -> None:
-    spec = CASES["h64_k2048_fp8"]
+    spec = dataclasses.replace(CASES["h64_k2048_fp8"], rows=8)
     got = {gpu: registry.resolve("sparse_mla", BACKENDS, spec, arch.by_name(gpu)).backend for gpu in GPUS}
     assert got == {"A100-80": "triton", "H200-141": "gluon", "B200-180": "triton", "RTX PRO 6000": "triton"}
     assert registry.resolve("sparse_mla", BACKENDS, spec, None).backend == "reference"
     assert registry.resolve("sparse_mla", BACKENDS, dataclasses.replace(spec, heads=8), H200).backend == "triton"
+    assert registry.resolve("sparse_mla", BACKENDS, dataclasses.replace(spec, rows=2), H200).backend == "triton"
 
 
 @pytest.mark.parametrize("k", [1, 63, 64, 65, 512, 2000, 2048])
@@ -89,7 +91,7 @@ def test_plans_are_made_of_powers_of_two(rows: int, heads: int, gpu: str | None)
     for size in (plan.block_heads, plan.block_keys, plan.warps):
         assert size & (size - 1) == 0 and size > 0
     assert plan.block_heads >= 16 and plan.block_keys >= 16
-    assert dataclasses.replace(plan, splits=1) == dataclasses.replace(make_plan(spec, None), splits=1, tiles=plan.tiles)
+    assert plan.splits * plan.tiles * plan.block_keys >= spec.k
 
 
 def test_inputs_are_distinct_slots_inside_the_cache() -> None:
