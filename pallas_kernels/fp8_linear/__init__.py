@@ -17,6 +17,8 @@ from pallas_kernels.registry import Backend, Refusal
 
 ARITHMETICS = ("w8a16", "w8a8")
 Index = tuple[int | jax.Array, ...]
+# Of the Hopper kernel: its copies of a row of scales start at 16 bytes, that is 4 blocks.
+_K = 4 * BLOCK
 
 
 def linear(
@@ -133,8 +135,8 @@ def _mosaic_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
         return Refusal(f"needs bfloat16 inputs and bfloat16 or float32 outputs, got {spec.x_dtype}, {spec.out_dtype}")
     if not 1 <= spec.rows <= 64:
         return Refusal(f"serves 1 to 64 rows, got {spec.rows}")
-    if spec.k % BLOCK or any(n % TILE for n in spec.ns):
-        return Refusal(f"k must be a multiple of {BLOCK} and every n of {TILE}, got k={spec.k}, n={spec.ns}")
+    if spec.k % _K or any(n % TILE for n in spec.ns):
+        return Refusal(f"k must be a multiple of {_K} and every n of {TILE}, got k={spec.k}, n={spec.ns}")
     if plan_for(spec) is None:
         return Refusal(f"no plan fits shared memory for rows={spec.rows}, k={spec.k}, {spec.form}")
     return None

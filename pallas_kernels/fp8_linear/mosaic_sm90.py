@@ -134,7 +134,7 @@ def _split(v: jax.Array, terms: int) -> tuple[list[jax.Array], jax.Array]:
 
 
 def _reciprocal(s: jax.Array) -> jax.Array:
-    """1 / s, correctly rounded but for a few in a million, without the branch of a division."""
+    """1 / s to an ulp or better, without the branch of a division."""
     root = lax.rsqrt(s)
     guess = root * root
 

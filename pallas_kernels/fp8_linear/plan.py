@@ -112,7 +112,7 @@ def plan_for(spec: Spec) -> Plan | None:
     # With more tiles than SMs two share an SM; where they do not fit so, they follow each other.
     for budget in (_SMEM_TWO, _SMEM_ONE) if tiles > _SMS else (_SMEM_ONE,):
         for warpgroups, unit, step, stages in shapes:
-            if blocks % unit:
+            if blocks % unit or blocks // unit < warpgroups:  # every warpgroup has a share
                 continue
             stages = min(stages, -(-(blocks // unit) // warpgroups) * (unit // step))
             for x_slots in (2, 1):

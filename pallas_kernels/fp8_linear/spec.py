@@ -69,8 +69,9 @@ def _cases() -> dict[str, Spec]:
 
 
 CASES: dict[str, Spec] = _cases()
-# Against the reference, bfloat16 outputs: one rounding is 1.7e-3; the accumulation of FP8 wgmma stays below it.
-TOLERANCE: dict[str, float] = {"mosaic_sm90": 2.5e-3}
+# Relative L2 against the reference, measured up to 2.3e-3 with bfloat16 outputs: one rounding is 1.7e-3, the accumulation of FP8
+# wgmma 2.2e-4, and in W8A8 ties of the rounding of x to e4m3 that fall the other way 1.5e-3.
+TOLERANCE: dict[str, float] = {"mosaic_sm90": 4e-3}
 
 
 def inputs(spec: Spec, key: jax.Array) -> tuple[Any, ...]:

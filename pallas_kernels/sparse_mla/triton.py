@@ -205,7 +205,10 @@ def lowering_options() -> dict[str, int]:
 
 
 def outputs(spec: Spec, splits: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    """What the split kernel writes: the outputs themselves for one split, else float32 partials."""
+    """What the split kernel writes: the outputs themselves for one split, else float32 partials.
+
+    bfloat16 partials were slower (8 rows, 16 splits: 25 us against 22): half-sector stores, and a merge that reduces across lanes.
+    """
     lead = (spec.rows, spec.heads) if splits == 1 else (spec.rows, splits, spec.heads)
     dtype = jnp.dtype(spec.q_dtype) if splits == 1 else jnp.dtype(jnp.float32)
     return jax.ShapeDtypeStruct((*lead, 512), dtype), jax.ShapeDtypeStruct(lead, jnp.float32)

@@ -16,9 +16,26 @@ from pallas_kernels.fp8_linear.spec import CASES, Spec, inputs
 pytestmark = pytest.mark.gpu
 
 
-# float32 outputs. wgmma keeps some 14 bits of the largest product within a block: measured 2.2e-4 on random weights.
-# W8A8 besides rounds x to e4m3, where a tie may fall either way: up to 1.9e-3.
-F32_TOLERANCE = {"w8a8": 4e-3, "w8a16": 5e-4}
+# Relative L2. wgmma keeps some 14 bits of the largest product within a block: measured 2.2e-4 on random weights; bfloat16
+# outputs add their one rounding, 1.7e-3. In W8A8 a tie of the rounding of x may fall the other way: measured 1.3e-3.
+TOLERANCE = {
+    ("w8a16", "float32"): 5e-4,
+    ("w8a16", "bfloat16"): 2.5e-3,
+    ("w8a8", "float32"): 4e-3,
+    ("w8a8", "bfloat16"): 4e-3,
+}
+
+
+def multiplied(x: jax.Array, arithmetic: str) -> jax.Array:
+    """What the weights are multiplied by, float32: quantized by the reciprocal of the scale, as in the kernel."""
+    wide = np.asarray(x.astype(jnp.float32))
+    if arithmetic == "w8a16":
+        return jnp.asarray(wide)
+    groups = wide.reshape(wide.shape[0], -1, 128)
+    amax = np.maximum(np.abs(groups).max(axis=-1, keepdims=True), np.float32(1e-10))
+    scale = amax * np.float32(1 / 448)
+    values = (groups * (np.float32(1) / scale)).astype(jnp.float8_e4m3fn).astype(np.float32)
+    return jnp.asarray((values * scale).reshape(wide.shape))
 
 
 def kernel(spec: Spec, x: jax.Array, weights: tuple[Any, ...], index: Any) -> tuple[jax.Array, ...]:
@@ -29,13 +46,13 @@ def kernel(spec: Spec, x: jax.Array, weights: tuple[Any, ...], index: Any) -> tu
     return fp8_linear.linears(x, weights, (index,), arithmetic=spec.arithmetic, dtype=out, backend="mosaic_sm90")
 
 
-def agrees(spec: Spec, x: jax.Array, weights: tuple[Any, ...], layer: int, tolerance: float) -> None:
+def agrees(spec: Spec, x: jax.Array, weights: tuple[Any, ...], layer: int) -> None:
     got = jax.jit(lambda x, w, i: kernel(spec, x, w, i))(x, weights, jnp.asarray(layer, jnp.int32))
-    wide = dataclasses.replace(spec, out_dtype="float32")
-    want = jax.jit(lambda x, w: reference.run(wide, x, w, (layer,)))(x, weights)
+    wide = dataclasses.replace(spec, arithmetic="w8a16", x_dtype="float32", out_dtype="float32")
+    want = jax.jit(lambda x, w: reference.run(wide, x, w, (layer,)))(multiplied(x, spec.arithmetic), weights)
     for a, b in zip(got, want, strict=True):
         difference = compare(np.asarray(a.astype(jnp.float32)), b)
-        assert difference.rel_l2 < tolerance, f"{spec}: {difference}"
+        assert difference.rel_l2 < TOLERANCE[spec.arithmetic, spec.out_dtype], f"{spec}: {difference}"
 
 
 @pytest.mark.parametrize("arithmetic", ["w8a8", "w8a16"])
@@ -44,16 +61,16 @@ def test_every_number_of_rows(rows: int, arithmetic: str) -> None:
     """n = 576 beside another, float32 outputs: what is left is the accumulation of FP8 wgmma."""
     spec = Spec(rows, 1024, (128, 576), arithmetic, layers=2, out_dtype="float32")
     x, weights, _, _ = inputs(spec, jax.random.key(rows))
-    agrees(spec, x, weights, 1, F32_TOLERANCE[arithmetic])
+    agrees(spec, x, weights, 1)
 
 
-@pytest.mark.parametrize("k", [128, 640, 1024, 3072])
+@pytest.mark.parametrize("k", [512, 1024, 1536, 3584])
 @pytest.mark.parametrize("rows", [1, 8])
 def test_every_share_of_k(rows: int, k: int) -> None:
     for form in ("linear", "swiglu"):
         spec = Spec(rows, k, (192,), "w8a8", form, layers=2)
         x, weights, _, _ = inputs(spec, jax.random.key(k))
-        agrees(spec, x, weights, 1, 4e-3)
+        agrees(spec, x, weights, 1)
 
 
 @pytest.mark.parametrize("arithmetic", ["w8a8", "w8a16"])
@@ -75,14 +92,14 @@ def test_w8a16_keeps_small_elements() -> None:
     _, weights, _, _ = inputs(spec, jax.random.key(0))
     x = np.full((1, 1024), 1.0078125 * 2.0**-14, np.float32)
     x[0, ::128] = 1.0
-    agrees(spec, jnp.asarray(x, jnp.bfloat16), weights, 0, F32_TOLERANCE["w8a16"])
+    agrees(spec, jnp.asarray(x, jnp.bfloat16), weights, 0)
 
 
 def test_reads_a_layer_beyond_32_bit_offsets() -> None:
     spec = dataclasses.replace(CASES["o_proj_w8a8"], layers=45)
     x, weights, _, _ = inputs(spec, jax.random.key(0))
     assert weights[0].data.size > 2**32
-    agrees(spec, x, weights, 44, 4e-3)
+    agrees(spec, x, weights, 44)
 
 
 @pytest.mark.parametrize("rows", [1, 8])
