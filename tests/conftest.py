@@ -10,6 +10,9 @@ from hypothesis import HealthCheck, settings
 # Read by JAX when it is imported, here and in the processes that tests start: mixing dtypes or ranks is an error.
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+# Pallas' GPU interpreter runs every thread of a kernel as a callback that holds a thread of XLA's pool, which has one a core:
+# on two cores a kernel of four warpgroups could deadlock.
+os.environ.setdefault("PJRT_NPROC", "32")
 # Most of the suite's time is LLVM's; unoptimized code is as exact.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
