@@ -14,11 +14,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 
-from pallas_kernels.lowering import default_arch
+from pallas_kernels.lowering import default_arch, triton_options
 from pallas_kernels.sparse_mla import jax_gluon
 from pallas_kernels.sparse_mla.plan import cut
 from pallas_kernels.sparse_mla.spec import Spec
-from pallas_kernels.sparse_mla.triton import constants, dequant_asm, lowering_options, merge, outputs
+from pallas_kernels.sparse_mla.triton import constants, dequant_asm, merge, outputs
 
 jax_gluon.install()
 BLOCK_HEADS, BLOCK_KEYS = 64, 64
@@ -262,7 +262,7 @@ def run(spec: Spec, q: jax.Array, cache: jax.Array, layer: jax.Array, slots: jax
     )
     part, part_lse = jax_triton.triton_call(
         q, cache, layer.reshape(1), slots, kernel=split_kernel, out_type=outputs(spec, splits),
-        grid=(blocks, splits, spec.rows), name="sparse_mla_split_sm90", num_warps=8, **lowering_options(),
+        grid=(blocks, splits, spec.rows), name="sparse_mla_split_sm90", num_warps=8, **triton_options(),
         **constants(spec), SPLITS=splits, TILES=tiles,
     )  # fmt: skip
     return (part, part_lse) if splits == 1 else merge(spec, splits, part, part_lse)

@@ -14,7 +14,7 @@ import jax_triton
 import triton
 import triton.language as tl
 
-from pallas_kernels.lowering import default_arch
+from pallas_kernels.lowering import default_arch, triton_options
 from pallas_kernels.sparse_mla.plan import Plan, make_plan
 from pallas_kernels.sparse_mla.spec import Spec
 
@@ -193,15 +193,9 @@ def merge(spec: Spec, splits: int, part: jax.Array, part_lse: jax.Array) -> tupl
     columns = 64 if spec.rows * spec.heads <= 64 else max(64, min(512, 8192 // padded))
     return jax_triton.triton_call(
         part, part_lse, kernel=merge_kernel, out_type=out_type, grid=(spec.heads, 512 // columns, spec.rows),
-        name="sparse_mla_merge", num_warps=4, **lowering_options(),
+        name="sparse_mla_merge", num_warps=4, **triton_options(),
         HEADS=spec.heads, SPLITS=splits, SPLITS_PADDED=padded, COLUMNS=columns,
     )  # fmt: skip
-
-
-def lowering_options() -> dict[str, int]:
-    """Names the compute capability, so that a machine without a GPU can lower."""
-    arch = default_arch()
-    return {} if arch is None else {"compute_capability": arch.sm}
 
 
 def outputs(spec: Spec, splits: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
@@ -229,7 +223,7 @@ def run(
     part, part_lse = jax_triton.triton_call(
         q, cache, layer.reshape(1), slots, kernel=split_kernel, out_type=outputs(spec, plan.splits),
         grid=(-(-spec.heads // plan.block_heads), plan.splits, spec.rows), name="sparse_mla_split",
-        num_warps=plan.warps, num_stages=plan.stages, **lowering_options(), **constants(spec),
+        num_warps=plan.warps, num_stages=plan.stages, **triton_options(), **constants(spec),
         SPLITS=plan.splits, TILES=plan.tiles, BH=plan.block_heads, BN=plan.block_keys, STAGES=plan.stages,
     )  # fmt: skip
     return (part, part_lse) if plan.splits == 1 else merge(spec, plan.splits, part, part_lse)
