@@ -13,6 +13,7 @@ import jax
 from bench import layer, records, report, run
 from bench.check import WrongResult, checked
 from bench.operations import ROWS, Operation, discover, packages, select
+from bench.prepare import Share, run_workers
 from bench.session import Session
 from pallas_kernels.arch import Arch
 from pallas_kernels.lowering import default_arch
@@ -20,8 +21,11 @@ from pallas_kernels.lowering import default_arch
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the process's exit status: 1 where a result was wrong."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
     try:
+        if getattr(options, "jobs", 1) > 1 and not options.worker:
+            run_workers(arguments, options.jobs)  # before JAX starts here and takes the GPU's memory
         return options.command(options)
     except ValueError as error:
         print(f"bench: {error}", file=sys.stderr)
@@ -87,6 +91,9 @@ def run_command(options: argparse.Namespace) -> int:
     """Checks, times, records."""
     operations, arch = discover(), run.require_gpu(default_arch(), "run")
     selections = [select(text, operations) for text in options.selections or operations]
+    if options.worker:
+        run.compile_share(selections, _options(options), arch, Share.parse(options.worker))
+        return 0
     session = Session(arch, options.results)
     run.run(selections, _options(options), session)
     return session.status()
@@ -200,6 +207,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--no-reference", action="store_true", help="do not time the reference")
         command.add_argument("--chain", type=int, default=run.CHAIN, help="calls in one jit (default %(default)s)")
         command.add_argument("--rounds", type=int, default=7, help="rounds whose median is taken (default %(default)s)")
+    timed.add_argument("--jobs", type=int, default=1, help="compile in so many processes first (default %(default)s)")
+    timed.add_argument("--worker", help=argparse.SUPPRESS)
     for command in (timed, sweep, whole, reporting):
         command.add_argument("--results", type=Path, default=records.RESULTS, help="where records are kept")
     return parser

@@ -11,6 +11,7 @@ import jax
 from bench import timing
 from bench.check import Check, WrongResult, checked, differences, same_bits
 from bench.operations import Operation, Selection
+from bench.prepare import Share
 from bench.records import Ceilings, Record
 from bench.session import Session
 from pallas_kernels.arch import Arch
@@ -102,17 +103,25 @@ def cases(selection: Selection, options: Options, arch: Arch) -> Iterator[tuple[
             yield case, operation.sized(case, rows, arch)
 
 
-def measure_case(
+def checked_chains(
     operation: Operation, case: str, spec: Any, options: Options, arch: Arch, forced: str | None = None
-) -> list[Raw]:
-    """Checks and times the backends of one spec, interleaved; raises WrongResult before anything is timed."""
+) -> tuple[dict[str, Check], list[timing.Repeat]]:
+    """The checks of a spec's backends and what will be timed; raises WrongResult where a check is red."""
     args = operation.inputs(spec, jax.random.key(0))
     names = _names(operation, spec, options, arch, forced)
     checks = {name: checked(operation, spec, name, args) for name in names}
     for result in checks.values():
         if not result.ok:
             raise WrongResult(f"{operation.name}:{case} rows={spec.rows} {result}")
-    chains = [timing.chain(operation, spec, name, args, _length(name, spec, options)) for name in names]
+    return checks, [timing.chain(operation, spec, name, args, _length(name, spec, options)) for name in names]
+
+
+def measure_case(
+    operation: Operation, case: str, spec: Any, options: Options, arch: Arch, forced: str | None = None
+) -> list[Raw]:
+    """Checks and times the backends of one spec, interleaved; raises WrongResult before anything is timed."""
+    checks, chains = checked_chains(operation, case, spec, options, arch, forced)
+    names = list(checks)
     timings = dict(zip(names, timing.measure(chains, options.rounds, options.round_seconds), strict=True))
     reference = timings["reference"].microseconds if "reference" in timings else None
     return [
@@ -147,6 +156,20 @@ def _names(operation: Operation, spec: Any, options: Options, arch: Arch | None,
 def _reason(operation: Operation, spec: Any, name: str, arch: Arch | None, forced: str | None) -> str:
     choice = operation.choose(spec, arch)
     return choice.reason if choice.backend == name and forced is None else f"forced; the choice is {choice.backend}"
+
+
+def compile_share(selections: Sequence[Selection], options: Options, arch: Arch, share: Share) -> None:
+    """A worker's part of ``run``: checks and runs its share of the cases once, so that their programs are in the cache."""
+    numbered = enumerate((selection, *each) for selection in selections for each in cases(selection, options, arch))
+    for number, (selection, case, spec) in numbered:
+        if not share.takes(number):
+            continue
+        try:
+            _, chains = checked_chains(selection.operation, case, spec, options, arch, selection.backend)
+        except WrongResult:
+            continue  # the run meets it again, and reports it
+        for chain in chains:
+            chain.run(1)
 
 
 def run(selections: Sequence[Selection], options: Options, session: Session) -> None:

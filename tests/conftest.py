@@ -13,8 +13,6 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 # Pallas' GPU interpreter runs every thread of a kernel as a callback that holds a thread of XLA's pool, which has one a core:
 # on two cores a kernel of four warpgroups could deadlock.
 os.environ.setdefault("PJRT_NPROC", "32")
-# Most of the suite's time is LLVM's; unoptimized code is as exact.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 # The same examples in every run and no time limits: CI's two cores are shared.
 # To explore with fresh examples: --hypothesis-profile=default.
@@ -30,15 +28,21 @@ def selects(mark_expression: str, mark: str) -> bool:
 def pytest_configure(config: pytest.Config) -> None:
     """Chooses the CPU before JAX is imported, unless the run asks for GPU tests."""
     expression = config.option.markexpr
-    if not (selects(expression, "gpu") or selects(expression, "multigpu")):
+    if selects(expression, "gpu") or selects(expression, "multigpu"):
+        # Several workers of pytest-xdist share the card, and no test needs the fastest of cuBLAS' kernels.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0")
+    else:
         os.environ["JAX_PLATFORMS"] = "cpu"
+        # Most of the suite's time is LLVM's; unoptimized code is as exact.
+        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Refuses a GPU run on a machine that cannot serve it: such a run must not end as a row of skips."""
     expression = session.config.option.markexpr
     needed = 2 if selects(expression, "multigpu") else int(selects(expression, "gpu"))
-    if needed:
+    if needed and not hasattr(session.config, "workerinput"):
         import jax
 
         found = [device for device in jax.devices() if device.platform == "gpu"]
