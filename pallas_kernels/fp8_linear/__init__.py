@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -11,14 +12,16 @@ import jax.numpy as jnp
 from pallas_kernels import registry
 from pallas_kernels.arch import Arch
 from pallas_kernels.blocks import BLOCK, BlockScaled, Weight
+from pallas_kernels.fp8_linear.norm import add_norm
 from pallas_kernels.fp8_linear.plan import TILE, plan_for
 from pallas_kernels.fp8_linear.spec import Spec
+from pallas_kernels.lowering import default_arch
 from pallas_kernels.registry import Backend, Refusal
 
 ARITHMETICS = ("w8a16", "w8a8")
 Index = tuple[int | jax.Array, ...]
-# Of the Hopper kernel: its copies of a row of scales start at 16 bytes, that is 4 blocks.
-_K = 4 * BLOCK
+# Backends whose run takes a norm; for the others ``norm_linears`` puts it before them.
+_FUSING = ("mosaic_sm90", "reference")
 
 
 def linear(
@@ -68,6 +71,49 @@ def linears(
     return registry.call("fp8_linear", BACKENDS, spec, (x, tuple(weights), tuple(index)), forced=backend)
 
 
+def norm_linears(
+    x: jax.Array,
+    norm: jax.Array,
+    weights: tuple[Weight, ...],
+    index: Index = (),
+    *,
+    eps: float,
+    delta: jax.Array | None = None,
+    arithmetic: str = "w8a16",
+    dtype: jnp.dtype | type | None = None,
+    backend: str | None = None,
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
+    """Residual add, RMSNorm and the projections of its result: one launch where a GPU backend serves it so (Hopper, one row).
+
+    Computes: total = x + delta (x itself without delta); normed = norm[index] * total / sqrt(mean(total^2) + eps);
+      outs = linears(normed, weights, index).
+    Inputs: x, delta [..., k] of one dtype; norm [stack..., k], the stack of the weights; weights: 1 or more, as for ``linears``;
+      eps: static; index, arithmetic, dtype and backend as for ``linear``.
+    Outputs: total and normed [..., k] in x's dtype, outs.
+    Rounding points: total once; the norm is taken of the rounded total, in float32, and rounded once; outs as ``linear``.
+    Refuses: as ``linear``; ValueError for a delta or a norm of another shape. A forced backend that has no fused form of the norm
+      serves the projections after a norm of its own launch.
+    Graph-safe: yes. Bound: bytes of the weights once. Source: spec sections 4 and 5.
+    """
+    for w in weights:
+        _check(x, w, index, 2, arithmetic)
+    if norm.shape != (*weights[0].shape[: len(index)], x.shape[-1]):
+        raise ValueError(
+            f"norm of shape {norm.shape} must be the weights' stack and k: {weights[0].shape}, {len(index)=}"
+        )
+    if delta is not None and (delta.shape, delta.dtype) != (x.shape, x.dtype):
+        raise ValueError(f"delta {delta.shape} {delta.dtype} must match x {x.shape} {x.dtype}")
+    out = x.dtype if dtype is None else dtype
+    plain = _spec(x, weights, len(index), arithmetic, "linear", out)
+    spec = dataclasses.replace(plain, norm=norm.dtype.name, delta=delta is not None, eps=float(eps))
+    if backend in _FUSING or (backend is None and _mosaic_supports(spec, default_arch()) is None):
+        args = (x, tuple(weights), tuple(index), None, norm, delta)
+        total, normed, *outs = registry.call("fp8_linear", BACKENDS, spec, args, forced=backend)
+        return total, normed, tuple(outs)
+    total, normed = add_norm(x, delta, norm, index, eps)
+    return total, normed, linears(normed, weights, index, arithmetic=arithmetic, dtype=dtype, backend=backend)
+
+
 def swiglu(
     x: jax.Array, gate_up: Weight, index: Index = (), *, arithmetic: str = "w8a16", backend: str | None = None
 ) -> jax.Array:
@@ -88,6 +134,9 @@ def swiglu(
 def _spec(
     x: jax.Array, weights: tuple[Weight, ...], stack_axes: int, arithmetic: str, form: str, out: jnp.dtype | type
 ) -> Spec:
+    stacks = {w.shape[:stack_axes] for w in weights}
+    if len(stacks) != 1:
+        raise ValueError(f"weights of one call must share their stack axes, got {sorted(stacks)}")
     blocks = all(isinstance(w, BlockScaled) for w in weights)
     kinds = {"float8_e4m3fn"} if blocks else {_kind(w) for w in weights}
     return Spec(
@@ -133,12 +182,14 @@ def _mosaic_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
         return Refusal(f"needs FP8 block-scaled weights, got {spec.weights}")
     if spec.x_dtype != "bfloat16" or spec.out_dtype not in ("bfloat16", "float32"):
         return Refusal(f"needs bfloat16 inputs and bfloat16 or float32 outputs, got {spec.x_dtype}, {spec.out_dtype}")
+    if spec.norm not in ("", "bfloat16", "float32"):
+        return Refusal(f"needs a norm of bfloat16 or float32, got {spec.norm}")
     if not 1 <= spec.rows <= 64:
         return Refusal(f"serves 1 to 64 rows, got {spec.rows}")
-    if spec.k % _K or any(n % TILE for n in spec.ns):
-        return Refusal(f"k must be a multiple of {_K} and every n of {TILE}, got k={spec.k}, n={spec.ns}")
-    if plan_for(spec) is None:
-        return Refusal(f"no plan fits shared memory for rows={spec.rows}, k={spec.k}, {spec.form}")
+    if spec.k % BLOCK or any(n % TILE for n in spec.ns):
+        return Refusal(f"k must be a multiple of {BLOCK} and every n of {TILE}, got k={spec.k}, n={spec.ns}")
+    if plan_for(dataclasses.replace(spec, norm="", delta=False)) is None:
+        return Refusal(f"no plan fits shared memory and its copies for rows={spec.rows}, k={spec.k}, {spec.form}")
     return None
 
 
@@ -148,7 +199,30 @@ def _load_mosaic() -> Any:
     return mosaic_sm90.run
 
 
+def _prefill_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
+    if arch is None or arch.sm != 90:
+        return Refusal(f"needs SM90, got {'no NVIDIA GPU' if arch is None else f'SM{arch.sm}'}")
+    if spec.weights != "float8_e4m3fn":
+        return Refusal(f"needs FP8 block-scaled weights, got {spec.weights}")
+    if spec.x_dtype != "bfloat16" or spec.out_dtype not in ("bfloat16", "float32"):
+        return Refusal(f"needs bfloat16 inputs and bfloat16 or float32 outputs, got {spec.x_dtype}, {spec.out_dtype}")
+    if spec.rows <= 64:
+        return Refusal(f"serves more than 64 rows, got {spec.rows}")
+    if spec.k % BLOCK or any(n % TILE for n in spec.ns):
+        return Refusal(f"k must be a multiple of {BLOCK} and every n of {TILE}, got k={spec.k}, n={spec.ns}")
+    if spec.norm:
+        return Refusal("has no norm in its launch")
+    return None
+
+
+def _load_prefill() -> Any:
+    from pallas_kernels.fp8_linear import mosaic_prefill_sm90
+
+    return mosaic_prefill_sm90.run
+
+
 BACKENDS = (
     Backend("mosaic_sm90", _mosaic_supports, _load_mosaic),
+    Backend("mosaic_prefill_sm90", _prefill_supports, _load_prefill),
     Backend("reference", _reference_supports, _load_reference),
 )

@@ -8,9 +8,12 @@ from pallas_kernels.blocks import BLOCK
 from pallas_kernels.fp8_linear.spec import Spec
 
 TILE = 64  # output rows of a block of threads: the M of wgmma
+NORM_ROWS = 1  # most rows whose norm every block of threads repeats; with two, a launch of its own is faster
+IN_KERNEL_ROWS = 8  # most rows that every block of threads quantizes by itself
 _SMS = 132
 # Shared memory of a block of threads, one or two of them on an SM, and what barriers, alignment and Mosaic's scratch take of it.
 _SMEM_ONE, _SMEM_TWO, _RESERVED = 227 * 1024, 113 * 1024, 4 * 1024
+_MOST_COPIED = 256  # elements of one axis that a TMA copy takes: scales of a row of blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +22,7 @@ class Plan:
 
     rows, k, ns: as in Spec; mats: matrices that a tile reads, 2 for SwiGLU; terms: e4m3 terms of an x, 1 (W8A8) or 2 (W8A16).
     warpgroups: each walks its own share of k; unit: k-blocks whose x is quantized at once; step: k-blocks of a TMA stage.
-    stages, x_slots: depths of the rings.
+    stages, x_slots: depths of the rings. ready: x comes quantized, from a launch before. norm, delta, eps: as in Spec.
     """
 
     rows: int
@@ -32,6 +35,10 @@ class Plan:
     step: int
     stages: int
     x_slots: int
+    ready: bool = False
+    norm: str = ""
+    delta: bool = False
+    eps: float = 0.0
 
     @property
     def blocks(self) -> int:
@@ -56,25 +63,48 @@ class Plan:
         return 8 if self.one_row else -(-self.rows // 8) * 8
 
     @property
-    def x_rows(self) -> int:
-        return 1 if self.one_row else self.columns
-
-    @property
     def atoms(self) -> int:
         """x tiles of a unit."""
         return 1 if self.one_row else self.unit
 
     @property
     def n(self) -> int:
+        """Columns of quantized x in shared memory, all terms."""
         return self.columns * self.terms
 
     @property
+    def width(self) -> int:
+        """Columns of the sums: where x comes quantized, the terms of an x are added before they are scaled."""
+        return self.columns if self.ready else self.n
+
+    @property
     def partial(self) -> int:
-        return 1 if self.one_row else self.n
+        return 1 if self.one_row else self.width
+
+    @property
+    def buffers(self) -> int:
+        """Units of quantized x in shared memory."""
+        return self.x_slots if self.ready else 2
+
+    @property
+    def x_arrivals(self) -> int:
+        """Copies of one unit of x."""
+        return self.atoms * (self.terms + 1) if self.ready else self.atoms * (1 + self.delta) + bool(self.norm)
+
+    @property
+    def row_outputs(self) -> int:
+        """Outputs of x's shape: normed, and total where it is not x."""
+        return bool(self.norm) + self.delta
 
     @property
     def scale_slots(self) -> int:
-        return -(-self.blocks // 32) * 32
+        """Scales of a row of blocks as they are copied: whole 128 bytes, from the 16 before on where rows start within them."""
+        return -(-(self.blocks + (3 if self.blocks % 4 else 0)) // 32) * 32
+
+    @property
+    def factor_slots(self) -> int:
+        """Scales of x kept for a block: those from a launch before are copied by whole 128 bytes."""
+        return -(-self.columns // 32) * 32 if self.ready else self.n
 
     @property
     def tiles(self) -> int:
@@ -84,8 +114,12 @@ class Plan:
     def smem(self) -> int:
         """Bytes of shared memory, without barriers and alignment."""
         ring = self.stages * self.step * self.mats * TILE * BLOCK
-        x = self.x_slots * self.atoms * self.columns * BLOCK * 2 + 2 * self.atoms * self.n * BLOCK
-        factors = 2 * self.unit * self.n * 4 + self.mats * self.partial * TILE * 4
+        rows = self.atoms * self.columns * BLOCK * 2
+        x = self.buffers * self.atoms * self.n * BLOCK
+        x += 0 if self.ready else self.x_slots * rows * (1 + self.delta)
+        if self.norm:
+            x += self.x_slots * self.unit * BLOCK * (4 if self.norm == "float32" else 2) + 288
+        factors = self.buffers * self.unit * self.factor_slots * 4 + self.mats * self.partial * TILE * 4
         return self.warpgroups * (ring + x + factors) + self.mats * self.scale_slots * 4
 
 
@@ -93,6 +127,7 @@ class Plan:
 # long pieces of each row at a time, which the DRAM rewards: one row of o_proj takes 26.8 us with (1, 8, 8, 3), 29.0 with
 # (1, 8, 2, 12) and 28.6 with (4, 8, 2, 3). More warpgroups pay where few tiles each have much to do per byte: many rows, few SMs.
 _ONE_ROW_FEW = ((3, 8, 4, 2), (2, 8, 4, 2), (2, 8, 2, 2), (1, 8, 2, 2))
+_ONE_ROW_FEW_NORM = ((2, 8, 4, 3), (3, 8, 2, 3), *_ONE_ROW_FEW)
 _ONE_ROW = ((1, 8, 8, 3), (1, 8, 4, 4), (1, 8, 2, 2))
 _ONE_ROW_SHORT = ((2, 8, 4, 2), (1, 8, 4, 4), (1, 8, 2, 2))
 _ONE_ROW_TWO = ((1, 8, 4, 3), (1, 8, 2, 2), (1, 8, 1, 2))
@@ -101,34 +136,58 @@ _ROWS = ((3, 2, 2, 3), (4, 1, 1, 4), (2, 1, 1, 4))
 _ROWS_FEW = ((4, 2, 2, 2), (4, 1, 1, 4), (2, 1, 1, 4))
 _ROWS_TWO = ((1, 4, 4, 2), (1, 2, 2, 2), (2, 1, 1, 2), (1, 1, 1, 4), (1, 1, 1, 2))
 _ROWS_SWIGLU = ((1, 2, 2, 2), (2, 1, 1, 2), (1, 1, 1, 2))
+_READY = ((2, 2, 2, 3), (1, 2, 2, 4), (1, 2, 2, 2))
 _LAST = ((2, 1, 1, 8), (1, 1, 1, 8), (1, 1, 1, 2))
 
 
 def plan_for(spec: Spec) -> Plan | None:
-    """The plan of a spec that has whole blocks; None where shared memory does not suffice."""
+    """The plan of a spec that has whole blocks; None where shared memory or one copy of scales does not suffice."""
     blocks, tiles = spec.k // BLOCK, sum(n // TILE for n in spec.ns)
+    one_row = spec.rows == 1 and blocks % 8 == 0
+    if spec.norm and not one_row:
+        return None
     mats, terms = 2 if spec.form == "swiglu" else 1, 2 if spec.arithmetic == "w8a16" else 1
-    shapes = _shapes(spec.rows == 1 and blocks % 8 == 0, tiles, blocks, mats)
+    ready = spec.rows > IN_KERNEL_ROWS
+    shapes = (
+        _ready(-(-spec.rows // 8) * 8, terms * mats)
+        if ready
+        else _shapes(one_row, tiles, blocks, mats, bool(spec.norm))
+    )
     # With more tiles than SMs two share an SM; where they do not fit so, they follow each other.
     for budget in (_SMEM_TWO, _SMEM_ONE) if tiles > _SMS else (_SMEM_ONE,):
         for warpgroups, unit, step, stages in shapes:
             if blocks % unit or blocks // unit < warpgroups:  # every warpgroup has a share
                 continue
             stages = min(stages, -(-(blocks // unit) // warpgroups) * (unit // step))
-            for x_slots in (2, 1):
-                plan = Plan(spec.rows, spec.k, spec.ns, mats, terms, warpgroups, unit, step, stages, x_slots)
-                if plan.smem <= budget - _RESERVED:
+            # One slot shows the latency of x in every unit; only q_b with its norm, two tiles an SM, took 11.2 us so, not 11.9.
+            several = ready or (spec.norm and tiles <= _SMS)
+            for x_slots in (1,) if spec.norm and tiles > _SMS else (2, 1):
+                if x_slots == 1 and several and blocks // unit > warpgroups:
+                    continue
+                sizes = (warpgroups, unit, step, stages, x_slots)
+                more = {"ready": ready, "norm": spec.norm, "delta": spec.delta, "eps": spec.eps}
+                plan = Plan(spec.rows, spec.k, spec.ns, mats, terms, *sizes, **more)
+                if plan.smem <= budget - _RESERVED and plan.scale_slots <= _MOST_COPIED:
                     return plan
     return None
 
 
-def _shapes(one_row: bool, tiles: int, blocks: int, mats: int) -> tuple[tuple[int, int, int, int], ...]:
+def _ready(columns: int, products: int) -> tuple[tuple[int, int, int, int], ...]:
+    """Shapes for columns of x that come quantized: the accumulators of a step must fit the registers."""
+    if columns * products <= 64:
+        return ((2, 2, 2, 5), (2, 2, 2, 4), *_READY, *_LAST)
+    return ((2, 2, 2, 2), (2, 1, 1, 4), (2, 1, 1, 3), (1, 1, 1, 4), *_LAST)
+
+
+def _shapes(one_row: bool, tiles: int, blocks: int, mats: int, norm: bool) -> tuple[tuple[int, int, int, int], ...]:
     if one_row and tiles > _SMS:
         return _ONE_ROW_SWIGLU if mats == 2 else _ONE_ROW_TWO
     if one_row and blocks <= 16:
         return _ONE_ROW_SHORT
+    if one_row and tiles < 64:
+        return _ONE_ROW_FEW_NORM if norm else _ONE_ROW_FEW
     if one_row:
-        return _ONE_ROW_FEW if tiles < 64 else _ONE_ROW
+        return _ONE_ROW
     if tiles > _SMS:
         return (_ROWS_SWIGLU if mats == 2 else _ROWS_TWO) + _LAST
     return (_ROWS_FEW if tiles < 64 else _ROWS) + _LAST

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -9,17 +10,38 @@ import jax.numpy as jnp
 
 from pallas_kernels.blocks import BlockScaled, Weight, dequantize, take
 from pallas_kernels.fp8_linear.spec import Spec
-from pallas_kernels.norm_quant.reference import quantize_groups
+from pallas_kernels.norm_quant.reference import quantize_groups, rms_norm
 from pallas_kernels.products import einsum
 
 
 def run(
-    spec: Spec, x: jax.Array, weights: tuple[Weight, ...], index: tuple[int | jax.Array, ...], after: Any = None
+    spec: Spec,
+    x: jax.Array,
+    weights: tuple[Weight, ...],
+    index: tuple[int | jax.Array, ...],
+    after: Any = None,
+    norm: jax.Array | None = None,
+    delta: jax.Array | None = None,
 ) -> tuple[jax.Array, ...]:
-    """Outputs of every weight, as ``fp8_linear`` describes them. ``after`` is for kernels; nothing reads it here."""
+    """Outputs of every weight, as ``fp8_linear`` describes them; with a norm (total, normed, outputs ...) of ``norm_linears``.
+
+    ``after`` is for kernels; nothing reads it here.
+    """
+    if norm is not None:
+        total, normed = add_norm(x, delta, norm[tuple(index)], spec.eps)
+        plain = dataclasses.replace(spec, norm="", delta=False, eps=0.0)
+        return (total, normed, *run(plain, normed, weights, index))
     if spec.form == "swiglu":
         return (swiglu(x, weights[0], index, spec.arithmetic),)
     return tuple(linear(x, w, index, spec.arithmetic, jnp.dtype(spec.out_dtype)) for w in weights)
+
+
+def add_norm(x: jax.Array, delta: jax.Array | None, norm: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+    """(x + delta, its RMSNorm), each rounded; the barriers keep XLA for GPUs from working on with what it did not round."""
+    total = x
+    if delta is not None:
+        total = jax.lax.optimization_barrier((x.astype(jnp.float32) + delta.astype(jnp.float32)).astype(x.dtype))
+    return total, jax.lax.optimization_barrier(rms_norm(total, norm, eps))
 
 
 def product(x: jax.Array, w: Weight, arithmetic: str) -> jax.Array:

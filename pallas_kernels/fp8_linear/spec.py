@@ -17,7 +17,8 @@ class Spec:
     """One call: outputs [rows, n] for every n of ``ns`` (SwiGLU: one n, of gate and of up).
 
     arithmetic: "w8a16" or "w8a8". form: "linear" or "swiglu". weights: "float8_e4m3fn" for blocks, or the float dtype. layers: size
-    of the flattened stack. x_dtype, out_dtype: names of dtypes.
+    of the flattened stack. x_dtype, out_dtype: names of dtypes. norm: dtype of the weight of an RMSNorm before it (then the
+    outputs are total, normed and the projections), "" for none; delta: a residual is added before that norm; eps: the norm's.
     """
 
     rows: int
@@ -29,17 +30,27 @@ class Spec:
     layers: int = 1
     x_dtype: str = "bfloat16"
     out_dtype: str = "bfloat16"
+    norm: str = ""
+    delta: bool = False
+    eps: float = 0.0
 
     @property
     def mats(self) -> int:
         return 2 if self.form == "swiglu" else 1
 
+    def operand_bits(self) -> int:
+        """Of the matmul whose rate bounds this one: W8A16 is two products of e4m3, at best as fast as one of bfloat16."""
+        return 8 if self.weights == "float8_e4m3fn" and self.arithmetic == "w8a8" else 16
+
     def flops(self) -> int:
         return 2 * self.rows * self.k * sum(self.ns) * self.mats
 
     def bytes(self) -> int:
-        """Weights and scales of one layer, x and the outputs, each once."""
-        total = self.rows * self.k * jnp.dtype(self.x_dtype).itemsize
+        """Weights and scales of one layer, inputs and outputs, each once."""
+        one = self.rows * self.k * jnp.dtype(self.x_dtype).itemsize
+        # x; with a norm also the residual, total (where it is not x) and normed, and the norm's weight.
+        total = one * (1 + 2 * self.delta + bool(self.norm))
+        total += self.k * jnp.dtype(self.norm).itemsize if self.norm else 0
         for n in self.ns:
             total += self.mats * n * self.k * jnp.dtype(self.weights).itemsize
             total += self.rows * n * jnp.dtype(self.out_dtype).itemsize
@@ -61,21 +72,35 @@ def _cases() -> dict[str, Spec]:
         "o_proj_tp8": (2048, (6144,), "linear"),
         "q_b_tp8": (2048, (2048,), "linear"),
     }
-    return {
+    cases = {
         f"{name}_{arithmetic}": Spec(1, k, ns, arithmetic, form)
         for name, (k, ns, form) in shapes.items()
         for arithmetic in ("w8a8", "w8a16")
     }
+    for name, delta in (("norm_q_a_kv_a", False), ("add_norm_q_a_kv_a", True), ("norm_q_b", False)):
+        for arithmetic in ("w8a8", "w8a16"):
+            plain = cases[f"{name.partition('norm_')[2]}_{arithmetic}"]
+            cases[f"{name}_{arithmetic}"] = dataclasses.replace(plain, norm="bfloat16", delta=delta, eps=1e-5)
+    return cases
 
 
 CASES: dict[str, Spec] = _cases()
-# Relative L2 against the reference, measured up to 2.3e-3 with bfloat16 outputs: one rounding is 1.7e-3, the accumulation of FP8
-# wgmma 2.2e-4, and in W8A8 ties of the rounding of x to e4m3 that fall the other way 1.5e-3.
-TOLERANCE: dict[str, float] = {"mosaic_sm90": 4e-3}
+
+
+def tolerance(spec: Spec, backend: str) -> float:
+    """Relative L2 against the reference. One rounding to bfloat16 is 1.7e-3, the accumulation of FP8 wgmma 2.2e-4.
+
+    In W8A8 a tie of the rounding of x to e4m3 may fall the other way. Where the largest of a group is 7/4 of a power of two, one in
+    16 of its elements is a tie: 1.5e-3 where measured, after a norm 4.5e-3, and up to 5e-3 over 14 layers of normed rows in numpy.
+    """
+    return 6e-3 if spec.arithmetic == "w8a8" and spec.norm else 4e-3
 
 
 def inputs(spec: Spec, key: jax.Array) -> tuple[Any, ...]:
-    """(x [rows, k], weights, index, None), made on the device: e4m3 of all finite values, positive scales around 1e-3."""
+    """(x [rows, k], weights, index, None) and with a norm (.., norm [layers, k], delta or None), made on the device.
+
+    Weights are e4m3 of all finite values with positive scales around 1e-3.
+    """
     return jax.jit(functools.partial(_inputs, spec))(key)
 
 
@@ -93,25 +118,37 @@ def _inputs(spec: Spec, key: jax.Array) -> tuple[Any, ...]:
         shape = (*stack, -(-n // BLOCK), -(-spec.k // BLOCK))
         scale = jax.random.uniform(b, shape, jnp.float32, 0.5, 1.5) * 1e-3
         weights.append(BlockScaled(jax.lax.bitcast_convert_type(bits, E4M3), scale))
-    return x, tuple(weights), (jnp.zeros((), jnp.int32),), None
+    args = (x, tuple(weights), (jnp.zeros((), jnp.int32),), None)
+    if not spec.norm:
+        return args
+    a, b = jax.random.split(jax.random.fold_in(key, 100))
+    norm = (1.0 + 0.1 * jax.random.normal(a, (spec.layers, spec.k), jnp.float32)).astype(spec.norm)
+    delta = jax.random.normal(b, x.shape, jnp.float32).astype(spec.x_dtype) if spec.delta else None
+    return *args, norm, delta
 
 
 def advance(spec: Spec, args: tuple[Any, ...], out: Any, i: int) -> tuple[Any, ...]:
     """The next layer of the stack; the outputs before become an operand that is not read, so that calls stay in order."""
-    x, weights, _, _ = args
-    return x, weights, (jnp.asarray(i % spec.layers, jnp.int32),), jax.tree.leaves(out)[0]
+    x, weights, _, _, *norm = args
+    return x, weights, (jnp.asarray(i % spec.layers, jnp.int32),), jax.tree.leaves(out)[-1], *norm
 
 
 RIVALS: dict[str, dict[str, dict[int, float]]] = {
-    "o_proj_w8a8": {"target": {1: 27.4, 8: 30.0}},
+    "o_proj_w8a8": {"target": {1: 27.4, 8: 30.0, 4096: 916.3}},
     "q_b_w8a8": {"target": {1: 10.5, 8: 11.5}},
     "q_a_kv_a_w8a8": {"target": {1: 9.0, 8: 10.0}},
     "dense_gate_up_w8a8": {"target": {1: 39.0, 8: 41.0}},
-    "o_proj_w8a16": {"OpenInfer CUDA": {1: 27.4, 8: 44.4}, "target": {1: 31.5}},
+    "o_proj_w8a16": {"OpenInfer CUDA": {1: 27.4, 8: 44.4}, "target": {1: 31.5, 4096: 1832.5}},
     "q_b_w8a16": {"OpenInfer CUDA": {1: 10.6, 8: 15.2}, "target": {1: 12.1}},
     "q_a_kv_a_w8a16": {"OpenInfer CUDA": {1: 15.0, 8: 17.0}, "target": {1: 10.35}},
     "dense_gate_up_w8a16": {"OpenInfer CUDA": {1: 39.0, 8: 59.2}, "target": {1: 44.9}},
     "dense_down_w8a16": {"OpenInfer CUDA": {1: 22.8, 8: 32.1}},
+    "norm_q_a_kv_a_w8a8": {"target": {1: 9.0}},
+    "norm_q_a_kv_a_w8a16": {"target": {1: 10.35}},
+    "add_norm_q_a_kv_a_w8a8": {"target": {1: 9.0}},
+    "add_norm_q_a_kv_a_w8a16": {"target": {1: 10.35}},
+    "norm_q_b_w8a8": {"target": {1: 10.5, 8: 11.5}},
+    "norm_q_b_w8a16": {"target": {1: 12.1}},
     "o_proj_tp8_w8a8": {"target": {1: 5.0}},
     "q_b_tp8_w8a8": {"target": {1: 5.0}},
 }

@@ -15,6 +15,7 @@ from tests.ops.numpy_ops import (
     quantize,
     random_blocks,
     regroup,
+    rms,
     silu,
     to_jnp,
     wide,
@@ -127,3 +128,44 @@ def test_refuses_what_does_not_fit(kind: str) -> None:
         fp8_linear.swiglu(x[:, :-1], w)
     with pytest.raises(ValueError, match=r"w8a17"):
         fp8_linear.swiglu(x, w, arithmetic="w8a17")
+
+
+@pytest.mark.parametrize("arithmetic", ["w8a16", "w8a8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_norm_linears(residual: bool, dtype: str, arithmetic: str) -> None:
+    """total and normed against numpy; the projections are those of the normed rows it gives, bit for bit."""
+    x, delta = to_jnp(X, dtype), to_jnp(normal(7, 5, K), dtype) if residual else None
+    weights, norm = (weight("fp8", 2, N, K), random_blocks(6, 2, 64, K)), to_jnp(1 + normal(5, 2, K, scale=0.2), dtype)
+    run = jax.jit(lambda *a: fp8_linear.norm_linears(*a, eps=1e-5, delta=delta, arithmetic=arithmetic))
+    total, normed, outs = run(x, norm, weights, (jnp.asarray(1, jnp.int32),))
+    assert total.dtype == normed.dtype == x.dtype and [o.shape for o in outs] == [(5, N), (5, 64)]
+    want = wide(x) + (wide(delta) if delta is not None else 0)
+    (assert_bf16 if dtype == "bfloat16" else assert_close)(total, want)
+    (assert_bf16 if dtype == "bfloat16" else assert_close)(normed, rms(total, norm[1], 1e-5))
+    for w, got in zip(weights, outs, strict=True):
+        np.testing.assert_array_equal(wide(got), wide(linear(normed, w, (jnp.asarray(1),), arithmetic=arithmetic)))
+
+
+def test_norm_linears_without_a_stack() -> None:
+    x, w = jnp.asarray(X), weight("bfloat16", N, K)
+    total, normed, (y,) = fp8_linear.norm_linears(x.reshape(1, 5, K), jnp.ones(K), (w,), eps=1e-5)
+    np.testing.assert_array_equal(total[0], x)
+    assert_close(normed[0], rms(x, np.ones(K), 1e-5))
+    assert_close(y[0], wide(normed[0]) @ dequantize(w).T)
+
+
+def test_weights_of_one_call_share_their_stack() -> None:
+    x, a, b = jnp.asarray(X), weight("fp8", 2, 3, N, K), weight("fp8", 2, 4, N, K)
+    with pytest.raises(ValueError, match=r"\(2, 3\), \(2, 4\)"):
+        fp8_linear.linears(x, (a, b), (1, 0))
+    with pytest.raises(ValueError, match=r"\(2, 3\), \(2, 4\)"):
+        fp8_linear.norm_linears(x, jnp.ones((2, 3, K)), (a, b), (1, 0), eps=1e-5)
+
+
+def test_norm_linears_refuses_other_shapes() -> None:
+    x, w = jnp.asarray(X), weight("fp8", 2, N, K)
+    with pytest.raises(ValueError, match=r"norm of shape \(300,\).*\(2, 200, 300\)"):
+        fp8_linear.norm_linears(x, jnp.ones(K), (w,), (0,), eps=1e-5)
+    with pytest.raises(ValueError, match=r"delta \(4, 300\)"):
+        fp8_linear.norm_linears(x, jnp.ones((2, K)), (w,), (0,), eps=1e-5, delta=x[:4])

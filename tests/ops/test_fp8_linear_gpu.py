@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import fp8_linear
+from pallas_kernels import fp8_linear, registry
 from pallas_kernels.compare import compare
 from pallas_kernels.fp8_linear import reference
 from pallas_kernels.fp8_linear.spec import CASES, Spec, inputs
@@ -64,13 +64,37 @@ def test_every_number_of_rows(rows: int, arithmetic: str) -> None:
     agrees(spec, x, weights, 1)
 
 
-@pytest.mark.parametrize("k", [512, 1024, 1536, 3584])
+@pytest.mark.parametrize("k", [128, 512, 640, 1024, 1536, 3584])
 @pytest.mark.parametrize("rows", [1, 8])
 def test_every_share_of_k(rows: int, k: int) -> None:
     for form in ("linear", "swiglu"):
         spec = Spec(rows, k, (192,), "w8a8", form, layers=2)
         x, weights, _, _ = inputs(spec, jax.random.key(k))
         agrees(spec, x, weights, 1)
+
+
+@pytest.mark.parametrize("arithmetic", ["w8a8", "w8a16"])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 5, 9])
+def test_norm_in_the_launch(rows: int, residual: bool, arithmetic: str) -> None:
+    """total is exact, normed as far as the last bit of its sum goes, and the projections are those of that normed."""
+    spec = Spec(
+        rows, 3072, (128, 576), arithmetic, layers=2, out_dtype="float32", norm="bfloat16", delta=residual, eps=1e-5
+    )
+    x, weights, _, _, norm, delta = inputs(spec, jax.random.key(rows))
+    run = jax.jit(
+        lambda *a: fp8_linear.norm_linears(
+            *a, eps=1e-5, delta=delta, arithmetic=arithmetic, dtype=jnp.float32, backend="mosaic_sm90"
+        )
+    )
+    index = jnp.asarray(1, jnp.int32)
+    total, normed, outs = run(x, norm, weights, (index,))
+    want_total, want_normed = reference.add_norm(x, delta, norm[1], 1e-5)
+    np.testing.assert_array_equal(np.asarray(total.astype(jnp.float32)), np.asarray(want_total.astype(jnp.float32)))
+    assert compare(normed.astype(jnp.float32), want_normed.astype(jnp.float32)).rel_l2 < 5e-4
+    plain = dataclasses.replace(spec, norm="", delta=False)
+    for got, want in zip(outs, kernel(plain, normed, weights, index), strict=True):
+        assert compare(got, want).rel_l2 < 1e-5  # another order of the blocks
 
 
 @pytest.mark.parametrize("arithmetic", ["w8a8", "w8a16"])
@@ -113,9 +137,10 @@ def test_replays_give_the_bits_of_the_first_call(rows: int) -> None:
         np.testing.assert_array_equal(np.asarray(again), first)
 
 
-def test_chosen_by_itself_for_decode_and_not_for_prefill() -> None:
-    for rows, kernels in ((1, 1), (64, 1), (65, 0)):
-        spec = Spec(rows, 512, (128,))
-        x, weights, _, _ = inputs(spec, jax.random.key(0))
+@pytest.mark.parametrize(("rows", "backend"), [(1, "mosaic_sm90"), (64, "mosaic_sm90"), (65, "mosaic_prefill_sm90")])
+def test_chosen_by_itself(rows: int, backend: str) -> None:
+    x, weights, _, _ = inputs(Spec(rows, 512, (128,)), jax.random.key(0))
+    with registry.recorded() as choices:
         text = jax.jit(lambda x, w: fp8_linear.linear(x, w, (0,))).lower(x, weights[0]).as_text()
-        assert text.count("mosaic_gpu") >= kernels and (kernels or "mosaic_gpu" not in text)
+    assert [choice.backend for choice in choices] == [backend]
+    assert "mosaic_gpu" in text

@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import fp8_linear, lowering, registry
 from pallas_kernels.arch import by_name
 from pallas_kernels.compare import compare
-from pallas_kernels.fp8_linear import mosaic_sm90, plan, reference
+from pallas_kernels.fp8_linear import mosaic_sm90, plan, prefill_split, reference
 from pallas_kernels.fp8_linear.spec import CASES, Spec, inputs
 
 H200 = by_name("H200-141")
@@ -28,6 +28,12 @@ SMALL = {
     "swiglu": Spec(5, 512, (64,), "w8a8", form="swiglu"),
     "sixteen rows": Spec(16, 512, (64,), "w8a8", layers=3),
     "64 rows": Spec(64, 256, (64,), "w8a16"),
+    "k of five blocks": Spec(2, 640, (192, 64), "w8a16", layers=2),
+    "33 rows, three blocks": Spec(33, 384, (64,), "w8a8"),
+    "norm, one row": Spec(1, 2048, (64, 192), "w8a8", layers=2, norm="bfloat16", eps=1e-5),
+    "norm, one row, few tiles": Spec(1, 3072, (64,), "w8a16", layers=2, norm="bfloat16", delta=True, eps=1e-5),
+    "norm, three rows": Spec(3, 1024, (128,), "w8a8", layers=2, norm="float32", delta=True, eps=1e-5),
+    "norm, eight rows": Spec(8, 1024, (64, 64), "w8a16", norm="bfloat16", eps=1e-5),
 }
 # Lowering takes 0.5 s a kernel: several rows only for these.
 WIDE = ("o_proj_w8a8", "q_a_kv_a_w8a16", "dense_gate_up_w8a16")
@@ -35,9 +41,10 @@ WIDE = ("o_proj_w8a8", "q_a_kv_a_w8a16", "dense_gate_up_w8a16")
 
 def run_interpreted(spec: Spec, args: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> tuple[jax.Array, ...]:
     """The kernel in the interpreter, with its races recorded: any race fails."""
-    build = mosaic_sm90.build
+    build, split = mosaic_sm90.build, prefill_split.build
     params = plgpu.InterpretGPUParams(detect_races=True)
     monkeypatch.setattr(mosaic_sm90, "build", lambda plan, dtype: build(plan, dtype, params))
+    monkeypatch.setattr(prefill_split, "build", lambda *sizes: split(*sizes, params))
     out = jax.block_until_ready(mosaic_sm90.run(spec, *args))
     assert not gpu_callbacks.get_races().races_found
     return out
@@ -47,10 +54,15 @@ def run_interpreted(spec: Spec, args: tuple[Any, ...], monkeypatch: pytest.Monke
 def test_interpreted_kernel_agrees_with_the_reference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Measured below 1e-6: the interpreter accumulates in float32."""
     spec = dataclasses.replace(SMALL[name], out_dtype="float32")
-    x, weights, _, _ = inputs(spec, jax.random.key(len(name)))
-    args = (x, weights, (jnp.asarray(spec.layers - 1, jnp.int32),))
-    got = run_interpreted(spec, args, monkeypatch)
-    want = reference.run(dataclasses.replace(spec, x_dtype="float32"), x.astype(jnp.float32), *args[1:])
+    x, weights, _, _, *norm = inputs(spec, jax.random.key(len(name)))
+    args = (weights, (jnp.asarray(spec.layers - 1, jnp.int32),))
+    got = run_interpreted(spec, (x, *args, None, *norm), monkeypatch)
+    if spec.norm:
+        total, normed = got[:2]
+        for a, b in zip(got[:2], reference.run(spec, x, *args, None, *norm)[:2], strict=True):
+            assert compare(a, b).rel_l2 < 1e-4 and (a is not total or (a == b).all())
+        x, got, spec = normed, got[2:], dataclasses.replace(spec, norm="", delta=False)
+    want = reference.run(dataclasses.replace(spec, x_dtype="float32"), x.astype(jnp.float32), *args)
     for a, b in zip(got, want, strict=True):
         difference = compare(a, b)
         assert difference.rel_l2 < 2e-6, difference
@@ -94,6 +106,19 @@ def test_real_cases_lower_for_cuda(name: str, rows: int) -> None:
     assert text.count("mosaic_gpu") >= 1
 
 
+@pytest.mark.parametrize("rows,launches", [(1, 1), (64, 2)])
+def test_norm_linears_launches(rows: int, launches: int) -> None:
+    """One row: a single kernel. Many: the norm in jnp, x quantized, the product."""
+    spec = dataclasses.replace(CASES["norm_q_b_w8a16"], rows=rows, layers=2)
+    x, weights, index, _, norm, _ = jax.eval_shape(lambda key: inputs(spec, key), jax.random.key(0))
+
+    def function(x: Any, norm: Any, weights: Any, index: Any) -> Any:
+        return fp8_linear.norm_linears(x, norm, weights, index, eps=1e-5)
+
+    text = lowering.lower_for_cuda(function, x, norm, weights, index, arch=H200)
+    assert text.count("custom_call @mosaic_gpu") == launches, text.count("custom_call @mosaic_gpu")
+
+
 def test_stack_beyond_32_bit_offsets_lowers() -> None:
     """256 experts' gate and up: 6.4e9 elements."""
     spec = dataclasses.replace(CASES["shared_gate_up_w8a8"], layers=256)
@@ -105,8 +130,13 @@ def test_stack_beyond_32_bit_offsets_lowers() -> None:
 @pytest.mark.parametrize("rows", [1, 2, 8, 9, 17, 64])
 @pytest.mark.parametrize("name", CASES)
 def test_plans_fit(name: str, rows: int) -> None:
-    chosen = plan.plan_for(dataclasses.replace(CASES[name], rows=rows))
-    assert chosen is not None and chosen.rows == rows
+    """Only a norm of many rows has no plan: it is a launch of its own."""
+    spec = dataclasses.replace(CASES[name], rows=rows)
+    chosen = plan.plan_for(spec)
+    if spec.norm and rows > plan.NORM_ROWS:
+        assert chosen is None
+        return
+    assert chosen is not None and chosen.rows == rows and chosen.ready == (rows > plan.IN_KERNEL_ROWS)
     assert chosen.smem <= 226 * 1024 and chosen.blocks % chosen.unit == 0 and chosen.unit % chosen.step == 0
     assert chosen.warpgroups * chosen.stages <= 32 and chosen.columns >= min(rows, 8)
 
@@ -122,7 +152,9 @@ def test_dispatch_never_changes_the_arithmetic() -> None:
     [
         ({"rows": 65}, "1 to 64 rows, got 65"),
         ({"k": 300}, "k=300"),
-        ({"k": 640}, "multiple of 512 .* got k=640"),
+        ({"k": 576}, "multiple of 128 .* got k=576"),
+        ({"k": 32640}, "no plan .* k=32640"),
+        ({"norm": "float16"}, "norm of bfloat16 or float32, got float16"),
         ({"ns": (200,)}, r"n=\(200,\)"),
         ({"weights": "bfloat16"}, "got bfloat16"),
         ({"x_dtype": "float32"}, "got float32"),
@@ -136,6 +168,13 @@ def test_refusals_say_why(change: dict[str, Any], reason: str) -> None:
         registry.resolve(
             "fp8_linear", fp8_linear.BACKENDS, Spec(1, 512, (128,)), arch=by_name("A100-80"), forced="mosaic_sm90"
         )
+
+
+def test_the_longest_row_of_scales_lowers() -> None:
+    spec = Spec(1, 32768, (64,), "w8a8")
+    shapes = jax.eval_shape(lambda key: inputs(spec, key), jax.random.key(0))
+    assert plan.plan_for(spec).scale_slots == 256  # type: ignore[union-attr]
+    assert "mosaic_gpu" in lowering.lower_for_cuda(lambda *args: mosaic_sm90.run(spec, *args), *shapes, arch=H200)
 
 
 def test_linears_equal_linear() -> None:

@@ -1,0 +1,26 @@
+"""Residual add and RMSNorm in a launch of their own, for projections that have none in theirs."""
+
+from __future__ import annotations
+
+import jax
+
+from pallas_kernels import norm_quant
+
+
+def flat_layer(stack: tuple[int, ...], index: tuple[int | jax.Array, ...]) -> int | jax.Array:
+    """The position in the flattened stack."""
+    layer: int | jax.Array = 0
+    for size, i in zip(stack, index, strict=True):
+        layer = layer * size + i
+    return layer
+
+
+def add_norm(
+    x: jax.Array, delta: jax.Array | None, norm: jax.Array, index: tuple[int | jax.Array, ...], eps: float
+) -> tuple[jax.Array, jax.Array]:
+    """(x + delta, its RMSNorm by norm[index]) of ``norm_linears``; (x, its norm) without delta."""
+    if delta is None:
+        return x, norm_quant.rms_norm(x, norm[tuple(index)], eps)
+    layer, rows = flat_layer(norm.shape[:-1], index), (-1, x.shape[-1])
+    total, normed = norm_quant.add_norm(x.reshape(rows), delta.reshape(rows), norm.reshape(rows), layer, eps)
+    return total.reshape(x.shape), normed.reshape(x.shape)
