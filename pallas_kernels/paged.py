@@ -45,11 +45,16 @@ def _from_bytes(x: jax.Array, dtype: jnp.dtype | type) -> jax.Array:
     return jax.lax.bitcast_convert_type(split, dtype)
 
 
+def _rounded(quantized: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Keeps XLA for GPUs from simplifying f32 -> e4m3 -> f32 away where rows are packed and read back in one program."""
+    return jax.lax.optimization_barrier(quantized)
+
+
 def pack_latent(c: jax.Array, kr: jax.Array, dtype: jnp.dtype | type) -> jax.Array:
     """Rows of the latent cache: c [rows, kv_lora_rank], kr [rows, rope] -> [rows, width] of the cache's dtype."""
     if dtype != jnp.uint8:
         return jnp.concatenate([c, kr], axis=-1).astype(dtype)
-    values, scale = quantize_groups(c)
+    values, scale = _rounded(quantize_groups(c))
     return jnp.concatenate([_bytes(values), _bytes(scale), _bytes(kr.astype(jnp.bfloat16))], axis=-1)
 
 
@@ -77,7 +82,7 @@ def write_index_keys(cache: jax.Array, layer: int | jax.Array, slots: jax.Array,
         return write_rows(cache, layer, slots, keys.astype(cache.dtype))
     head_dim = keys.shape[-1]
     # One group a key, also where head_dim is not 128.
-    values, scale = quantize_groups(keys, group=head_dim, floor=INDEX_SCALE_FLOOR)
+    values, scale = _rounded(quantize_groups(keys, group=head_dim, floor=INDEX_SCALE_FLOOR))
     page, offset = _split(slots, cache.shape[1])
     at_value = offset[:, None] * head_dim + jnp.arange(head_dim, dtype=jnp.int32)[None, :]
     at_scale = PAGE * head_dim + offset[:, None] * 4 + jnp.arange(4, dtype=jnp.int32)[None, :]

@@ -36,13 +36,13 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import jax
 
 from pallas_kernels.arch import Arch
-from pallas_kernels.lowering import default_arch
+from pallas_kernels.lowering import default_arch, target
 
 
 @dataclass(frozen=True)
@@ -63,20 +63,28 @@ class Backend:
     name: "reference", "triton", "mosaic_sm90", "gluon".
     supports: (spec, arch) -> None, or a Refusal; arch None means that the device is no NVIDIA GPU. Pure, cheap, imports nothing.
     load: imports the kernel's file on first use and returns its function ``run(spec, *args)``.
+    on_request: where not empty, why the backend serves only when it is forced, such as "never run on a GPU". Tests and benchmarks
+      meet it all the same.
     """
 
     name: str
     supports: Callable[[Any, Arch | None], Refusal | None]
     load: Callable[[], Callable[..., Any]]
+    on_request: str = ""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The decision for one call: which backend, and why that one."""
+    """The decision for one call: which backend, and why that one.
+
+    spec: the call's. inside: the operation whose kernel made this call, "" where the model did: what it moves is part of that one's.
+    """
 
     operation: str
     backend: str
     reason: str
+    spec: Any = field(default=None, compare=False, repr=False)
+    inside: str = field(default="", compare=False, repr=False)
 
     def __str__(self) -> str:
         return f"{self.operation}: {self.backend} ({self.reason})"
@@ -96,25 +104,29 @@ def resolve(
     arch: Arch | _DefaultDevice | None = DEFAULT_DEVICE,
     forced: str | None = None,
 ) -> Choice:
-    """Chooses the first backend, in the order given, that does not refuse.
+    """Chooses the first backend, in the order given, that does not refuse and need not be asked for.
 
     arch: the GPU to choose for; the default device's unless given; None is a device that is no NVIDIA GPU.
     forced: the only backend to consider. Raises ValueError for an unknown name.
     Raises BackendRefused where the forced backend, or every backend, refuses.
     """
-    target = default_arch() if isinstance(arch, _DefaultDevice) else arch
-    where = target.name if target else "no NVIDIA GPU"
+    gpu = default_arch() if isinstance(arch, _DefaultDevice) else arch
+    where = gpu.name if gpu else "no NVIDIA GPU"
     if forced is not None:
-        refusal = _by_name(operation, backends, forced).supports(spec, target)
+        refusal = _by_name(operation, backends, forced).supports(spec, gpu)
         if refusal:
             raise BackendRefused(f"{operation}: backend {forced!r} refuses {spec} on {where}: {refusal.reason}")
-        return Choice(operation, forced, "forced")
+        return Choice(operation, forced, "forced", spec)
     refusals: list[str] = []
     for backend in backends:
-        refusal = backend.supports(spec, target)
-        if refusal is None:
-            return Choice(operation, backend.name, "; ".join(refusals) or f"first choice on {where}")
-        refusals.append(f"{backend.name} refused: {refusal.reason}")
+        refusal = backend.supports(spec, gpu)
+        if refusal is None and not backend.on_request:
+            return Choice(operation, backend.name, "; ".join(refusals) or f"first choice on {where}", spec)
+        refusals.append(
+            f"{backend.name} refused: {refusal.reason}"
+            if refusal
+            else f"{backend.name} on request only: {backend.on_request}"
+        )
     raise BackendRefused(f"{operation}: no backend serves {spec} on {where}: {'; '.join(refusals)}")
 
 
@@ -125,10 +137,16 @@ def call(
     choice = resolve(operation, backends, spec, forced=forced)
     record = _RECORD.get()
     if record is not None:
-        record.append(choice)
-    run = _by_name(operation, backends, choice.backend).load()
-    with jax.named_scope(f"{operation}.{choice.backend}"):
-        return run(spec, *args)
+        record.append(replace(choice, inside=_INSIDE.get()))
+    planning = _PLANNING.get()
+    run = _by_name(operation, backends, "reference" if planning else choice.backend).load()
+    token = _INSIDE.set(operation)
+    try:
+        # The reference of a plan is traced as on a device without kernels; what it may call itself is no part of the plan.
+        with jax.named_scope(f"{operation}.{choice.backend}"), _unplanned() if planning else contextlib.nullcontext():
+            return run(spec, *args)
+    finally:
+        _INSIDE.reset(token)
 
 
 @contextlib.contextmanager
@@ -142,7 +160,35 @@ def recorded() -> Iterator[list[Choice]]:
         _RECORD.reset(token)
 
 
+@contextlib.contextmanager
+def planned() -> Iterator[list[Choice]]:
+    """As ``recorded``, for tracing with ``jax.eval_shape``: chooses backends and imports none of them.
+
+    References stand in for what was chosen, since all backends return the same shapes; calls that a kernel makes itself are
+    missing. With ``lowering.target`` it plans for a GPU that is not there.
+    """
+    token = _PLANNING.set(True)
+    try:
+        with recorded() as choices:
+            yield choices
+    finally:
+        _PLANNING.reset(token)
+
+
+@contextlib.contextmanager
+def _unplanned() -> Iterator[None]:
+    planning, record = _PLANNING.set(False), _RECORD.set(None)
+    try:
+        with target(None):
+            yield
+    finally:
+        _RECORD.reset(record)
+        _PLANNING.reset(planning)
+
+
 _RECORD: contextvars.ContextVar[list[Choice] | None] = contextvars.ContextVar("recorded_choices", default=None)
+_PLANNING: contextvars.ContextVar[bool] = contextvars.ContextVar("planning", default=False)
+_INSIDE: contextvars.ContextVar[str] = contextvars.ContextVar("inside_operation", default="")
 
 
 def _by_name(operation: str, backends: tuple[Backend, ...], name: str) -> Backend:

@@ -72,6 +72,16 @@ def test_forced_is_taken_over_a_faster_one() -> None:
     assert resolve("op", BACKENDS, Spec(1), H200, forced="triton") == Choice("op", "triton", "forced")
 
 
+def test_on_request_only_serves_when_forced() -> None:
+    fast = dataclasses.replace(BACKENDS[0], on_request="never run on a GPU")
+    backends = (fast, *BACKENDS[1:])
+    choice = resolve("op", backends, Spec(1), H200)
+    assert (choice.backend, choice.reason) == ("triton", "mosaic_sm90 on request only: never run on a GPU")
+    assert resolve("op", backends, Spec(1), H200, forced="mosaic_sm90").backend == "mosaic_sm90"
+    with pytest.raises(BackendRefused, match="65 is more than 64"):
+        resolve("op", backends, Spec(65), H200, forced="mosaic_sm90")
+
+
 def test_unknown_name_lists_the_known() -> None:
     with pytest.raises(ValueError, match="unknown backend 'cuda': there are mosaic_sm90, triton, reference"):
         resolve("op", BACKENDS, Spec(1), H200, forced="cuda")

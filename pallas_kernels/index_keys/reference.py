@@ -2,15 +2,43 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import paged, rotary
 from pallas_kernels.blocks import Weight
 from pallas_kernels.fp8_linear import reference as fp8_linear
+from pallas_kernels.index_keys.spec import QUERY, WRITE, Spec
 from pallas_kernels.norm_quant import reference as norm_quant
 
 LAYER_NORM_EPS = 1e-6
+
+
+def run(
+    spec: Spec,
+    cache: Any,
+    latent: Any,
+    x: jax.Array,
+    wk: Any,
+    norm: Any,
+    bias: Any,
+    wq_b: Any,
+    proj: Any,
+    layer: jax.Array,
+    slots: Any,
+    cos: jax.Array,
+    sin: jax.Array,
+) -> Any:
+    """Outputs of the spec's form: the cache, (q, w), or (cache, q, w)."""
+    rotation = (cos, sin)
+    if spec.form != QUERY:
+        cache = write(x, wk, norm, bias, cache, layer, slots, *rotation)
+    if spec.form == WRITE:
+        return cache
+    found = query(latent, x, wq_b, proj, layer, *rotation, spec.quantized, spec.arithmetic)
+    return found if spec.form == QUERY else (cache, *found)
 
 
 def write(
@@ -47,7 +75,8 @@ def query(
     weights = weights * (heads**-0.5 * q.shape[-1] ** -0.5)
     if not quantized:
         return q, weights
-    values, scale = norm_quant.quantize_groups(q, group=q.shape[-1])
+    # The barrier keeps XLA for GPUs from simplifying f32 -> e4m3 -> f32 away where the scores are computed in the same program.
+    values, scale = jax.lax.optimization_barrier(norm_quant.quantize_groups(q, group=q.shape[-1]))
     return values, weights * scale[..., 0]
 
 

@@ -8,10 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import registry
+from pallas_kernels import paged, registry
 from pallas_kernels.arch import Arch
 from pallas_kernels.registry import Backend, Refusal
 from pallas_kernels.sparse_mla.spec import Spec
+
+_MOST_ROWS = 65535
 
 
 def attend(
@@ -34,8 +36,9 @@ def attend(
     Outputs: context [rows, heads, kv_lora_rank] in q's dtype; lse float32 [rows, heads], the natural log of the sum of
       exponentials, for merging shards of a context (-inf and a zero context where nothing is selected).
     Rounding points: FP8 latents are dequantized to q's dtype; scores, softmax and sums in float32; one rounding at the end.
-      The GPU backends also round the softmax weights to bfloat16 for the second product, and read an e4m3 NaN byte (which
-      no writer of ``paged`` makes) as 480 times the scale.
+      The GPU backends also round the softmax weights to bfloat16 for the second product. Of an e4m3 NaN byte in a selected
+      slot (no writer of ``paged`` makes one) the Triton backend makes 480 times the scale, Gluon a NaN context. Gluon's
+      scores of FP8 latents are sums of e4m3 products, which the tensor cores add up with about 14 bits, a group of 128 at a time.
     Refuses: the GPU backends take bfloat16 queries, kv_lora_rank 512, rope 64; everything else is the reference's.
     In place: nothing. Graph-safe: yes; a fixed number of splits gives the same bits in every call. What is not selected is
       not read, NaN included.
@@ -56,6 +59,11 @@ def attend(
     )
     if cache.shape[-1] != spec.width:
         raise ValueError(f"cache rows hold {cache.shape[-1]} elements of {cache.dtype}, {spec} needs {spec.width}")
+    if cache.shape[2] != paged.PAGE or slots.shape[0] != spec.rows or slots.dtype != jnp.int32:
+        raise ValueError(
+            f"cache {cache.shape} must have pages of {paged.PAGE} slots, slots {slots.dtype}{slots.shape} be int32 "
+            f"[{spec.rows}, k]"
+        )
     args = (q, cache, jnp.asarray(layer, jnp.int32), slots)
     return registry.call("sparse_mla", BACKENDS, spec, args, forced=backend)
 
@@ -70,6 +78,8 @@ def _sizes(spec: Spec) -> Refusal | None:
         return Refusal(f"the cache is {spec.cache_dtype}, not uint8, bfloat16 or float32")
     if min(spec.rows, spec.heads, spec.k) < 1:
         return Refusal(f"{spec.rows} rows, {spec.heads} heads and {spec.k} slots must all be at least 1")
+    if spec.rows > _MOST_ROWS:
+        return Refusal(f"{spec.rows} rows are more than {_MOST_ROWS}, the third axis of a grid")
     return None
 
 
@@ -84,10 +94,9 @@ def _gluon_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
         return Refusal("needs Hopper (SM90)")
     if spec.cache_dtype != "uint8":
         return Refusal(f"the cache is {spec.cache_dtype}, the kernel reads FP8 latents (uint8)")
-    if spec.heads <= 32:
-        return Refusal(f"{spec.heads} heads would be padded to 64")
-    if spec.rows <= 2:
-        return Refusal(f"{spec.rows} rows: the Triton backend is faster up to 2 (8.7 us against 12 for one row)")
+    few = 8 if spec.heads <= 16 else 2
+    if spec.rows <= few:
+        return Refusal(f"{spec.rows} rows of {spec.heads} heads: the Triton backend is faster up to {few}")
     return _sizes(spec)
 
 

@@ -56,7 +56,8 @@ class Spec:
 
 
 def _glm(heads: int, k: int, cache_dtype: str) -> Spec:
-    return Spec(1, heads, k, 512, 64, 1, 1024, "bfloat16", cache_dtype, 256**-0.5)
+    """4096 pages: 128 rows of 2048 slots each are distinct, as sequences of a batch are; a chain's layers pass the L2."""
+    return Spec(1, heads, k, 512, 64, 1, 4096, "bfloat16", cache_dtype, 256**-0.5)
 
 
 CASES: dict[str, Spec] = {
@@ -82,12 +83,15 @@ RIVALS: dict[str, dict[str, dict[int, float]]] = {
 
 
 def tolerance(spec: Spec, backend: str) -> float:
-    """Largest relative L2 error: latents, weights and context are rounded to bfloat16 (2^-9 each); measured 1.5e-3 to 1.9e-3."""
+    """Largest relative L2 error: latents, weights and context are rounded to bfloat16 (2^-9 each); measured up to 2.6e-3."""
     return 1e-5 if backend == "reference" else 6e-3
 
 
 def inputs(spec: Spec, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """(q, cache, layer, slots): normal latents and queries, every row a random set of distinct slots."""
+    """(q, cache, layer, slots): normal latents and queries, every row a random set of distinct slots.
+
+    Rows have pages of their own, as sequences do, where the cache has k slots for each; else they draw from all pages.
+    """
     return _inputs(spec, key)
 
 
@@ -102,13 +106,17 @@ def _inputs(spec: Spec, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array
         return paged.pack_latent(c, rope, jnp.dtype(spec.cache_dtype)).reshape(spec.pages, paged.PAGE, spec.width)
 
     cache = jax.lax.map(one_layer, jnp.arange(spec.layers, dtype=jnp.int32))
-    # Distinct slots without a sort: a random start and a random odd stride modulo the capacity rounded up to 2^n.
+    # Distinct slots without a sort: a random start and a random odd stride modulo the range rounded up to 2^n.
     starts, strides = jax.random.split(ks)
-    size = 1 << max(spec.capacity - 1, 1).bit_length()
+    own = spec.capacity // spec.rows
+    shared = own < spec.k
+    span = spec.capacity if shared else own
+    size = 1 << max(span - 1, 1).bit_length()
     start = jax.random.randint(starts, (spec.rows, 1), 0, size, jnp.int32)
     stride = 2 * jax.random.randint(strides, (spec.rows, 1), size // 8, size // 2, jnp.int32) + 1
     walk = (start + stride * jnp.arange(spec.k, dtype=jnp.int32)[None, :]) & (size - 1)
-    slots = jnp.where(walk < spec.capacity, walk, -1)
+    first = 0 if shared else own * jnp.arange(spec.rows, dtype=jnp.int32)[:, None]
+    slots = jnp.where(walk < span, first + walk, -1)
     return q.astype(spec.q_dtype), cache, jnp.zeros((), jnp.int32), slots
 
 

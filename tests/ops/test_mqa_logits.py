@@ -70,6 +70,17 @@ def test_pages_past_the_length_may_be_anything() -> None:
     assert_close(got, expected(q, W, cache, lengths), 2e-6)
 
 
+def test_starts_cut_the_front() -> None:
+    q, cache = normal(2, BATCH, ROWS, HEADS, DIM), make_cache(False, LENGTHS.max(1))
+    starts = np.array([[0, 1, 0], [64, 65, 190]], np.int32)
+    args = (*map(jnp.asarray, (q, W)), cache, LAYER, jnp.asarray(TABLE), jnp.asarray(LENGTHS))
+    got = np.asarray(jax.jit(paged_logits)(*args, starts=jnp.asarray(starts)))
+    want = expected(q, W, cache, LENGTHS)
+    want[np.arange(SPAN) < starts[..., None]] = -np.inf
+    np.testing.assert_array_equal(np.isneginf(got), np.isneginf(want))
+    assert_close(got, want, 2e-6)
+
+
 def test_relu_is_inside_the_sum_over_heads() -> None:
     """One key; heads with negative dots count nothing, whatever the sign of their weight."""
     cache = paged.write_index_keys(

@@ -125,3 +125,14 @@ def test_scale_is_the_one_given() -> None:
     keys = np.asarray(cache[1]).reshape(CAPACITY, -1)[SELECTED][..., :RANK]
     assert_close(flat, np.broadcast_to(wide(keys).mean(1)[:, None], flat.shape))
     assert_close(lse, np.full(lse.shape, np.log(K)))
+
+
+@pytest.mark.parametrize("wrong", ["rows", "dtype", "page"])
+def test_shapes_that_do_not_fit_are_refused_with_the_numbers(wrong: str) -> None:
+    cache, slots = make_cache("float32", SELECTED.ravel()), jnp.asarray(SELECTED)
+    if wrong == "page":
+        cache = cache.reshape(LAYERS, 2 * PAGES, 32, -1)
+    else:
+        slots = slots[1:] if wrong == "rows" else slots.astype(jnp.int16)
+    with pytest.raises(ValueError, match=r"pages of 64 slots, slots .* \[6, k\]"):
+        attend(jnp.asarray(Q), cache, 1, slots, kv_lora_rank=RANK, scale=SCALE)

@@ -55,7 +55,8 @@ def assert_equal_to_reference(spec: Spec, args: tuple[jax.Array, ...], backend: 
 
 
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
-@pytest.mark.parametrize("rows", [1, 5])
+# Nine rows: with up to eight, 16 heads and fewer are Triton's.
+@pytest.mark.parametrize("rows", [1, 5, 9])
 @pytest.mark.parametrize("name", list(CASES))
 def test_cases(name: str, rows: int, backend: str) -> None:
     spec = dataclasses.replace(CASES[name], rows=rows, layers=2)
@@ -67,8 +68,8 @@ def test_cases(name: str, rows: int, backend: str) -> None:
 
 
 def hostile_slots(spec: Spec) -> np.ndarray:
-    """Row 0: nothing; row 1: one slot, at the end; row 2: padding first, wild indices, whole tiles masked."""
-    slots = np.full((3, spec.k), -1, np.int32)
+    """Row 0: nothing; row 1: one slot, at the end; row 2: padding first, wild indices, whole tiles masked; then nothing."""
+    slots = np.full((spec.rows, spec.k), -1, np.int32)
     slots[1, -1] = 7
     wild = [spec.capacity, spec.capacity + 63, 2**31 - 1, -2, -(2**31)]
     slots[2, 130:135] = wild
@@ -84,7 +85,7 @@ def hostile_slots(spec: Spec) -> np.ndarray:
 @pytest.mark.parametrize("splits", [1, 3])
 def test_hostile_slots_on_a_cache_of_nan(splits: int, heads: int, dtype: str, backend: str) -> None:
     """Everything that is not selected holds NaN, also the other layer and slot 0; k = 200 is no multiple of a tile."""
-    spec = dataclasses.replace(SMALL, heads=heads, cache_dtype=dtype, splits=splits)
+    spec = dataclasses.replace(SMALL, rows=9, heads=heads, cache_dtype=dtype, splits=splits)
     q, cache, _, _ = inputs(spec, jax.random.key(0))
     slots = hostile_slots(spec)
     if not supported(spec, backend):
@@ -119,6 +120,27 @@ def test_repeats_are_bitwise_equal_and_splits_agree(backend: str) -> None:
         # Measured 2e-3: the weights and the context are rounded to bfloat16 at other places.
         assert rel_l2(first[0], whole) < 5e-3
         np.testing.assert_allclose(first[1], np.asarray(whole_lse), atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+@pytest.mark.parametrize("heads", [16, 64])
+def test_scores_that_rise_from_tile_to_tile(heads: int, backend: str) -> None:
+    """Every tile's scores are far above those of the tiles before it, and the last tiles' far below: sums are rescaled."""
+    spec = dataclasses.replace(SMALL, rows=9, heads=heads, k=512, pages=64, splits=1)
+    q, cache, layer, slots = inputs(spec, jax.random.key(5))
+    raw = np.asarray(cache).reshape(spec.layers, spec.capacity, 656).copy()
+    level = np.array([1, 2, 8, 32, 128, 2, 128, 1], np.float32)[np.arange(spec.k) // 64]
+    scales = np.ones((spec.capacity, 4), np.float32)
+    for row in np.asarray(slots):
+        scales[row] = level[:, None] / 448
+    raw[0, :, 512:528] = scales.view(np.uint8).reshape(spec.capacity, 16)
+    hostile = jnp.asarray(raw).reshape(cache.shape)
+    context, lse = run(spec, (q, hostile, layer, slots), backend)
+    want, want_lse = run(spec, (q.astype(jnp.float32), hostile, layer, slots), "reference")
+    assert np.isfinite(np.asarray(lse)).all()
+    np.testing.assert_allclose(np.asarray(lse), np.asarray(want_lse), rtol=2e-3, atol=LSE_TOLERANCE)
+    # Scores of a hundred nats: rounding of 1e-3 in them moves the weights of close keys by a tenth.
+    assert rel_l2(context, want) < 5e-2
 
 
 @pytest.mark.parametrize("backend", GPU_BACKENDS)

@@ -10,7 +10,7 @@ import pytest
 
 from pallas_kernels import arch, lowering, registry
 from pallas_kernels.sparse_mla import BACKENDS, attend
-from pallas_kernels.sparse_mla.plan import cut, make_plan
+from pallas_kernels.sparse_mla.plan import cut, hopper_plan, make_plan
 from pallas_kernels.sparse_mla.spec import CASES, Spec, inputs
 
 H200 = arch.by_name("H200-141")
@@ -45,10 +45,13 @@ def test_triton_compiles(name: str, gpu: str, rows: int) -> None:
 
 
 @pytest.mark.needs_triton
-@pytest.mark.parametrize("rows", [8, 128])
-def test_gluon_compiles(rows: int) -> None:
-    text = lower(dataclasses.replace(CASES["h64_k2048_fp8"], rows=rows), H200, "gluon")
-    assert text.count("triton_kernel_call") == (2 if rows == 8 else 1)
+@pytest.mark.parametrize(
+    ("name", "rows", "kernels"),
+    [("h64_k2048_fp8", 8, 2), ("h64_k2048_fp8", 128, 1), ("h32_k2048_fp8", 128, 1), ("h8_k512_fp8", 16, 2)],
+)
+def test_gluon_compiles(name: str, rows: int, kernels: int) -> None:
+    text = lower(dataclasses.replace(CASES[name], rows=rows), H200, "gluon")
+    assert text.count("triton_kernel_call") == kernels
 
 
 @pytest.mark.parametrize(
@@ -57,6 +60,7 @@ def test_gluon_compiles(rows: int) -> None:
         ({"kv_lora_rank": 256}, "256"),
         ({"q_dtype": "float32"}, "float32"),
         ({"cache_dtype": "float16"}, "float16"),
+        ({"rows": 65536}, "65536 rows"),
     ],
 )
 @pytest.mark.parametrize("backend", ["triton", "gluon"])
@@ -71,7 +75,9 @@ def test_the_gpu_decides() -> None:
     got = {gpu: registry.resolve("sparse_mla", BACKENDS, spec, arch.by_name(gpu)).backend for gpu in GPUS}
     assert got == {"A100-80": "triton", "H200-141": "gluon", "B200-180": "triton", "RTX PRO 6000": "triton"}
     assert registry.resolve("sparse_mla", BACKENDS, spec, None).backend == "reference"
-    assert registry.resolve("sparse_mla", BACKENDS, dataclasses.replace(spec, heads=8), H200).backend == "triton"
+    few = dataclasses.replace(spec, heads=8)
+    assert registry.resolve("sparse_mla", BACKENDS, few, H200).backend == "triton"
+    assert registry.resolve("sparse_mla", BACKENDS, dataclasses.replace(few, rows=16), H200).backend == "gluon"
     assert registry.resolve("sparse_mla", BACKENDS, dataclasses.replace(spec, rows=2), H200).backend == "triton"
 
 
@@ -92,6 +98,23 @@ def test_plans_are_made_of_powers_of_two(rows: int, heads: int, gpu: str | None)
         assert size & (size - 1) == 0 and size > 0
     assert plan.block_heads >= 16 and plan.block_keys >= 16
     assert plan.splits * plan.tiles * plan.block_keys >= spec.k
+
+
+@pytest.mark.parametrize("heads", [1, 8, 16, 24, 32, 64, 80])
+@pytest.mark.parametrize("rows", [1, 8, 64, 128, 5000])
+def test_hopper_plans_cover_every_head_and_key_in_one_wave(rows: int, heads: int) -> None:
+    spec = dataclasses.replace(CASES["h64_k2048_fp8"], rows=rows, heads=heads)
+    plan = hopper_plan(spec, H200)
+    blocks = -(-heads // plan.block_heads)
+    assert plan.block_heads in (16, 32, 64) and plan.splits * plan.tiles * plan.block_keys >= spec.k
+    assert plan.splits == 1 or rows * blocks * plan.splits <= H200.num_sms
+
+
+def test_rows_have_slots_of_their_own_where_the_cache_is_large_enough() -> None:
+    spec = dataclasses.replace(CASES["h8_k512_fp8"], rows=4, pages=32)
+    slots = inputs(spec, jax.random.key(0))[3]
+    assert len({int(slot) for slot in slots.ravel()}) == 4 * 512 and int(slots.min()) >= 0
+    assert all(int(row.min()) // 512 == int(row.max()) // 512 == i for i, row in enumerate(slots))
 
 
 def test_inputs_are_distinct_slots_inside_the_cache() -> None:

@@ -1,0 +1,260 @@
+"""Runs Gluon kernels of one-dimensional blocks in numpy, a thread a program: for their arithmetic, not for layouts or timing.
+
+Whole blocks are computed at once, so barriers inside a program are no-ops; programs run concurrently and meet through
+atomics. Memory is checked: an unmasked access out of an array fails, and outputs start as garbage.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import sys
+import threading
+import time
+import types
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_local = threading.local()
+_atomic = threading.Lock()
+_BASE = 1024  # address of the shared array
+
+
+class Value:
+    """A block or a scalar, with the operators that kernels use; mixed with Python numbers it keeps its dtype."""
+
+    def __init__(self, array: Any) -> None:
+        self.array = np.asarray(array)
+        self.type = types.SimpleNamespace(layout=None)
+
+    def to(self, dtype: Any, bitcast: bool = False) -> Value:
+        return Value(self.array.view(dtype) if bitcast else self.array.astype(dtype))
+
+    def reshape(self, shape: list[int]) -> Value:
+        return Value(self.array.reshape(shape))
+
+    def __getitem__(self, index: Any) -> Value:
+        return Value(self.array[index])
+
+    def __bool__(self) -> bool:
+        return bool(self.array)
+
+
+def raw(x: Any) -> Any:
+    return x.array if isinstance(x, Value) else x
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    def apply(self: Value, other: Any) -> Any:
+        if isinstance(other, Pointer):
+            return other + self
+        with np.errstate(over="ignore"):
+            return Value(
+                getattr(self.array, name)(np.asarray(raw(other), self.array.dtype) if _plain(other) else raw(other))
+            )
+
+    return apply
+
+
+def _plain(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+for _name in [
+    "add",
+    "sub",
+    "mul",
+    "floordiv",
+    "mod",
+    "and",
+    "or",
+    "xor",
+    "lshift",
+    "rshift",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "eq",
+    "ne",
+]:
+    setattr(Value, f"__{_name}__", _operator(f"__{_name}__"))
+for _name in ["add", "sub", "mul", "and", "or"]:
+    setattr(Value, f"__r{_name}__", _operator(f"__r{_name}__"))
+
+
+class Pointer:
+    """Offsets into a flat numpy array."""
+
+    def __init__(self, buffer: np.ndarray, offset: Any = 0) -> None:
+        self.buffer, self.offset = buffer, offset
+
+    def __add__(self, other: Any) -> Pointer:
+        return Pointer(self.buffer, self.offset + np.asarray(raw(other), np.int64))
+
+    def at(self, mask: Any) -> tuple[np.ndarray, np.ndarray]:
+        """(live, offsets of the live), which must be inside."""
+        offset, live = np.broadcast_arrays(self.offset, raw(mask))
+        inside = offset[live]
+        assert ((inside >= 0) & (inside < self.buffer.size)).all(), f"out of {self.buffer.size}: {inside}"
+        return live, inside
+
+
+class _Int(int):
+    value = property(int)
+
+
+def _load(pointer: Pointer, mask: Any = True, other: Any = 0, cache_modifier: str = "") -> Value:
+    live, offset = pointer.at(mask)
+    out = np.full(live.shape, other, pointer.buffer.dtype)
+    out[live] = pointer.buffer[offset]
+    return Value(out)
+
+
+def _store(pointer: Pointer, value: Any, mask: Any = True) -> None:
+    live, offset = pointer.at(mask)
+    assert np.unique(offset).size == offset.size, "two elements of one block go to one place"
+    pointer.buffer[offset] = np.broadcast_to(raw(value), live.shape)[live]
+
+
+def _atomic_add(pointer: Pointer, value: int, sem: str, scope: str) -> Value:
+    if value == 0:
+        time.sleep(1e-4)
+    with _atomic:
+        old = pointer.buffer[int(pointer.offset)].copy()
+        pointer.buffer[int(pointer.offset)] += value
+    return Value(old)
+
+
+def _asm(text: str, constraints: str, args: list[Any], dtype: Any, is_pure: bool, pack: int) -> Value:
+    """What the PTX of ``top_k.gluon_bins`` and ``top_k.gluon_slices`` does."""
+    if ".shared .align" in text:
+        _local.shared = np.full(2052, 0xDEADBEEF, np.uint32)
+        return Value(np.uint32(_BASE))
+    if "trap" in text:
+        assert raw(args[0]) >= raw(args[1]), "a program waited in vain"
+        return Value(np.int32(0))
+    index = (raw(args[0]).astype(np.int64) - _BASE) // 4
+    if text.startswith("ld.shared"):
+        return Value(_local.shared[index])
+    if "red.shared" in text:
+        np.add.at(_local.shared, index, 1)
+    elif "st.shared.v2" in text:
+        found = raw(args[4]) != 0
+        assert found.sum() == 1, f"{found.sum()} bins hold the wanted element"
+        _local.shared[2048:2051] = [raw(a)[found][0] for a in args[1:4]]
+    else:
+        assert "st.shared.u32 [$1], 0" in text, text
+        _local.shared[index] = 0
+    return Value(np.uint32(0))
+
+
+def _reduce(function: Callable[..., Any]) -> Callable[[Value, int], Value]:
+    return lambda x, axis: Value(function(x.array, axis=axis).astype(x.array.dtype))
+
+
+def _both(function: Callable[..., Any]) -> Callable[..., Value]:
+    return lambda *xs: Value(function(*(raw(x) for x in xs)))
+
+
+def _where(condition: Value, a: Any, b: Any) -> Value:
+    dtype = next((raw(x).dtype for x in (a, b) if isinstance(x, Value)), np.int32)
+    return Value(np.where(raw(condition), np.asarray(raw(a), dtype), np.asarray(raw(b), dtype)))
+
+
+def _language() -> types.ModuleType:
+    gl = types.ModuleType("triton.experimental.gluon.language")
+    layout = lambda *a: None  # noqa: E731
+    gl.__dict__.update(
+        constexpr=lambda x: _Int(x) if isinstance(x, int) else x, int32=np.int32, int64=np.int64, uint32=np.uint32,
+        arange=lambda start, end, layout=None: Value(np.arange(start, end, dtype=np.int32)),
+        full=lambda shape, value, dtype, layout=None: Value(np.full(shape, value, dtype)),
+        where=_where, minimum=_both(np.minimum), maximum=_both(np.maximum), sum=_reduce(np.sum), max=_reduce(np.max),
+        cdiv=lambda a, b: (a + (b - 1)) // b, load=_load, store=_store, atomic_add=_atomic_add, inline_asm_elementwise=_asm,
+        associative_scan=lambda x, axis, add: Value(np.cumsum(x.array, dtype=x.array.dtype)),
+        convert_layout=lambda x, layout, assert_trivial: x, thread_barrier=lambda: None, BlockedLayout=layout,
+        SliceLayout=layout, num_warps=lambda: _local.warps, program_id=lambda axis: Value(np.int32(_local.program[axis])),
+        num_programs=lambda axis: _local.grid[axis],
+    )  # fmt: skip
+
+    def static_assert(condition: bool) -> None:
+        assert condition
+
+    gl.__dict__["static_assert"] = static_assert
+    return gl
+
+
+def _triton_call(
+    *args: Any,
+    kernel: Callable[..., None],
+    out_type: Any,
+    grid: tuple[int, ...],
+    name: str,
+    num_warps: int,
+    **sizes: int,
+) -> tuple[jax.Array, ...]:
+    """Runs every program in a thread; outputs start as garbage, references are written back."""
+    arrays = [np.array(a[...]).ravel() for a in args]
+    outputs = [np.frombuffer(b"\xa5" * (4 * int(np.prod(o.shape))), np.dtype(o.dtype)).copy() for o in out_type]
+    failures: list[BaseException] = []
+
+    def program(index: tuple[int, ...]) -> None:
+        _local.program, _local.grid, _local.warps = index, grid, num_warps
+        try:
+            kernel(*(Pointer(a) for a in (*arrays, *outputs)), **sizes)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=program, args=(i,)) for i in itertools.product(*map(range, grid))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+    for arg, array in zip(args, arrays, strict=True):
+        if not isinstance(arg, jax.Array):
+            arg[...] = jnp.asarray(array.reshape(arg.shape))
+    return tuple(jnp.asarray(o.reshape(t.shape)) for o, t in zip(outputs, out_type, strict=True))
+
+
+def load(package: str, modules: tuple[str, ...]) -> dict[str, types.ModuleType]:
+    """Fresh copies of a package's modules, in order of import, over the emulated language; sys.modules is left as it was."""
+    gl = _language()
+    names = {f"{package}.{module}" for module in modules}
+    gluon = types.ModuleType("triton.experimental.gluon")
+    gluon.__dict__.update(jit=lambda f: f, language=gl)
+    triton = types.ModuleType("triton")
+    triton.__dict__.update(next_power_of_2=lambda n: 1 << (n - 1).bit_length())
+    call = types.ModuleType("jax_triton")
+    call.__dict__.update(triton_call=_triton_call)
+    fix = types.ModuleType("pallas_kernels.jax_gluon")
+    fix.__dict__.update(install=lambda: None)
+    fakes = {
+        "triton": triton, "triton.experimental": types.ModuleType("triton.experimental"), gluon.__name__: gluon,
+        gl.__name__: gl, "jax_triton": call, fix.__name__: fix,
+    }  # fmt: skip
+    kept = {name: sys.modules.pop(name, None) for name in (*fakes, *names)}
+    parent, fix_parent = sys.modules[package], importlib.import_module("pallas_kernels")
+    attributes = [
+        (owner, n, getattr(owner, n, None))
+        for owner, ns in ((parent, modules), (fix_parent, ("jax_gluon",)))
+        for n in ns
+    ]
+    try:
+        sys.modules.update(fakes)
+        fix_parent.__dict__["jax_gluon"] = fix
+        return {module: importlib.import_module(f"{package}.{module}") for module in modules}
+    finally:
+        for name, module in kept.items():
+            sys.modules.pop(name, None)
+            if module is not None:
+                sys.modules[name] = module
+        for owner, name, value in attributes:
+            owner.__dict__.pop(name, None)
+            if value is not None:
+                setattr(owner, name, value)
