@@ -1,4 +1,4 @@
-"""The command line: ``python -m bench list | verify | run | compare | sweep | layer | report``."""
+"""The command line: ``python -m bench list | verify | run | compare | sweep | layer | indexer | report``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from bench import layer, records, report, run
+from bench import indexer, layer, readme, records, report, run
 from bench.check import WrongResult, checked
 from bench.operations import ROWS, Operation, discover, packages, select
 from bench.prepare import Share, run_workers
@@ -125,6 +125,21 @@ def layer_command(options: argparse.Namespace) -> int:
     return session.status()
 
 
+def indexer_command(options: argparse.Namespace) -> int:
+    """The indexer of one layer, from hidden state to cache slots, in one graph of many and by its parts."""
+    session = Session(run.require_gpu(default_arch(), "indexer"), options.results)
+    for context in options.contexts.split(","):
+        if context not in indexer.CONTEXTS:
+            raise ValueError(f"{context!r} is no context: there are {', '.join(indexer.CONTEXTS)}")
+        for rows in _rows(options) or (1, 8, 32):
+            spec = indexer.IndexerSpec(rows, context, indexer.CONTEXTS[context], options.arithmetic)
+            try:
+                session.keep(indexer.run(spec, tuple(options.ways.split(",")), options.rounds, session.say))
+            except WrongResult as error:
+                session.refuse(str(error))
+    return session.status()
+
+
 def compare_command(options: argparse.Namespace) -> int:
     """Two cases or backends interleaved in one process."""
     operations, arch = discover(), run.require_gpu(default_arch(), "compare")
@@ -142,6 +157,8 @@ def report_command(options: argparse.Namespace) -> int:
         raise ValueError(f"no records under {options.results}: make some on a GPU with python -m bench run")
     for folder in folders:
         print(*report.write(folder), sep="\n")
+    if options.readme:
+        print(readme.update(readme.README, report.load(options.results / options.readme)))
     return 0
 
 
@@ -169,6 +186,7 @@ def _options(options: argparse.Namespace) -> run.Options:
         backends=options.backends,
         reference=not options.no_reference,
         rows=_rows(options),
+        targets=getattr(options, "targets", False),
         chain=options.chain,
         rounds=options.rounds,
     )
@@ -199,17 +217,24 @@ def _parser() -> argparse.ArgumentParser:
     whole.add_argument("--arithmetic", default="w8a16,w8a8", help="of the FP8 projections (default %(default)s)")
     whole.add_argument("--ways", default=",".join(layer.WAYS), help="default %(default)s")
     whole.add_argument("--rounds", type=int, default=7, help="rounds whose median is taken (default %(default)s)")
+    search = add("indexer", indexer_command, "time the DSA indexer of one layer (needs a GPU)")
+    search.add_argument("--contexts", default=",".join(indexer.CONTEXTS), help="cached tokens (default %(default)s)")
+    search.add_argument("--arithmetic", default="w8a16", help="of the FP8 projections (default %(default)s)")
+    search.add_argument("--ways", default=",".join(indexer.WAYS), help="default %(default)s")
+    search.add_argument("--rounds", type=int, default=7, help="rounds whose median is taken (default %(default)s)")
     reporting = add("report", report_command, "write tables and plots from the records")
-    for command in (verify, timed, compare, sweep, whole):
+    reporting.add_argument("--readme", metavar="GPU", help="write this GPU's figures into README.md too, such as h200")
+    for command in (verify, timed, compare, sweep, whole, search):
         command.add_argument("--rows", help="such as 1,8,64; the operation's own unless given")
     for command in (timed, compare, sweep):
         command.add_argument("--backends", default="chosen", help="chosen, all, or a name")
         command.add_argument("--no-reference", action="store_true", help="do not time the reference")
         command.add_argument("--chain", type=int, default=run.CHAIN, help="calls in one jit (default %(default)s)")
         command.add_argument("--rounds", type=int, default=7, help="rounds whose median is taken (default %(default)s)")
+    timed.add_argument("--targets", action="store_true", help="only what a target or a rival's figure stands beside")
     timed.add_argument("--jobs", type=int, default=1, help="compile in so many processes first (default %(default)s)")
     timed.add_argument("--worker", help=argparse.SUPPRESS)
-    for command in (timed, sweep, whole, reporting):
+    for command in (timed, sweep, whole, search, reporting):
         command.add_argument("--results", type=Path, default=records.RESULTS, help="where records are kept")
     return parser
 

@@ -20,11 +20,11 @@ from bench.check import Check, WrongResult
 from bench.records import Ceilings, Record
 from glm52_jax.cache import Cache, Rows, Selection, contiguous_table, make_rows
 from glm52_jax.config import Config
-from glm52_jax.layers.attention import attention
+from glm52_jax.layers.attention import add_attention
 from glm52_jax.plan import Plan
 from glm52_jax.weights import AttentionWeights, IndexerWeights
 from pallas_kernels import lowering, paged, registry
-from pallas_kernels.blocks import BlockScaled, to_e4m3
+from pallas_kernels.blocks import BlockScaled, random_blocks
 from pallas_kernels.compare import compare
 
 WAYS = ("chain", "graph", "jitted", "op by op")
@@ -134,12 +134,7 @@ def _weights(spec: LayerSpec, keys: Any) -> AttentionWeights:
         return (0.05 * jax.random.normal(next(keys), shape, jnp.float32)).astype(jnp.bfloat16)
 
     def blocks(n: int, k: int) -> BlockScaled:
-        key = next(keys)
-        each = jax.random.split(key, spec.layers)
-        data = jax.lax.map(lambda one: to_e4m3(100 * jax.random.normal(one, (n, k), jnp.float32)), each)
-        grid = (spec.layers, -(-n // 128), -(-k // 128))
-        # W has a standard deviation near k^-1/2, with scales that differ from block to block.
-        return BlockScaled(data, 0.01 * k**-0.5 * jax.random.uniform(key, grid, jnp.float32, 0.3, 1.7))
+        return random_blocks(next(keys), spec.layers, n, k)
 
     return AttentionWeights(
         input_norm=vector(spec.hidden),
@@ -157,11 +152,11 @@ def _weights(spec: LayerSpec, keys: Any) -> AttentionWeights:
 def layers(spec: LayerSpec, state: State, fixed: Fixed, length: int, first: Any = 0) -> State:
     """``length`` attention layers with their residual, from layer ``first`` of the stack on."""
     x, latent = state
+    delta = None
     for i in range(length):
         layer = (first + i) % spec.layers if isinstance(first, int) else first
-        out, latent = _attention(spec, x, latent, fixed, layer)
-        x = x + out
-    return x, latent
+        x, delta, latent = _attention(spec, x, delta, latent, fixed, layer)
+    return (x if delta is None else x + delta), latent
 
 
 def repeat(spec: LayerSpec, way: str, state: State, fixed: Fixed, length: int = _CHAIN) -> timing.Repeat:
@@ -211,16 +206,19 @@ def check(spec: LayerSpec, state: State, fixed: Fixed) -> tuple[Check, list[regi
 def _attend(spec: LayerSpec, state: State, fixed: Fixed) -> np.ndarray:
     """Attention of the stack's last layer, float32 [rows, hidden]."""
     # The function is new in each call, so that no trace made for another target is found.
-    step = jax.jit(lambda s, f: _attention(spec, s[0], s[1], f, spec.layers - 1)[0].astype(jnp.float32))
+    step = jax.jit(lambda s, f: _attention(spec, s[0], None, s[1], f, spec.layers - 1)[1].astype(jnp.float32))
     return np.asarray(step(state, fixed))
 
 
-def _attention(spec: LayerSpec, x: jax.Array, latent: jax.Array, fixed: Fixed, layer: Any) -> State:
+def _attention(
+    spec: LayerSpec, x: jax.Array, delta: jax.Array | None, latent: jax.Array, fixed: Fixed, layer: Any
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(residual stream with delta added, output of the layer, latent cache)."""
     weights, rows, selection = fixed
     cache = Cache(latent=latent, index_keys=jnp.zeros((0,), jnp.uint8))
     plan, config = spec.plan(), spec.config()
-    out, cache, _ = attention(weights, layer, _NO_INDEXER, None, x, cache, rows, selection, config, plan)
-    return out, cache.latent
+    x, out, cache, _ = add_attention(weights, layer, _NO_INDEXER, None, x, delta, cache, rows, selection, config, plan)
+    return x, out, cache.latent
 
 
 def _calls(spec: LayerSpec, state: State, fixed: Fixed, calls: int = 4) -> list[tuple[np.ndarray, np.ndarray]]:

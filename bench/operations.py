@@ -92,6 +92,11 @@ class Operation:
         named = getattr(self.spec, "RIVALS", {}).get(case, {})
         return {who: by_rows[rows] for who, by_rows in named.items() if rows in by_rows}
 
+    def compared(self, case: str) -> tuple[int, ...]:
+        """The rows at which a target or somebody else's figure stands beside this case."""
+        named = getattr(self.spec, "RIVALS", {}).get(case, {})
+        return tuple(sorted({rows for by_rows in named.values() for rows in by_rows}))
+
     def choose(self, spec: Any, arch: Arch | None, forced: str | None = None) -> Choice:
         return resolve(self.name, self.backends, spec, arch, forced)
 

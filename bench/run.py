@@ -23,11 +23,15 @@ REFERENCE_CHAIN = 8
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """backends: "chosen", "all" or a backend's name. reference: time the reference too. chain: calls in one jit."""
+    """backends: "chosen", "all" or a backend's name. reference: time the reference too. chain: calls in one jit.
+
+    targets: only cases and rows beside which a target or somebody else's figure stands.
+    """
 
     backends: str = "chosen"
     reference: bool = True
     rows: tuple[int, ...] | None = None
+    targets: bool = False
     chain: int = CHAIN
     rounds: int = 7
     round_seconds: float = 0.1
@@ -99,8 +103,9 @@ def cases(selection: Selection, options: Options, arch: Arch) -> Iterator[tuple[
     """(case, spec) of everything a selection names, at every row count, sized to pass the L2."""
     operation = selection.operation
     for case in selection.cases:
-        for rows in options.rows or operation.rows:
-            yield case, operation.sized(case, rows, arch)
+        for rows in options.rows or (operation.compared(case) if options.targets else operation.rows):
+            if not options.targets or operation.rivals(case, rows):
+                yield case, operation.sized(case, rows, arch)
 
 
 def checked_chains(

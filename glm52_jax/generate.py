@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import Mesh
 
 from glm52_jax import decode
-from glm52_jax.cache import Cache, contiguous_table, make_cache
+from glm52_jax import parallel as several
+from glm52_jax.cache import Cache, contiguous_table
 from glm52_jax.checkpoint import Checkpoint
 from glm52_jax.config import Config
 from glm52_jax.loader import Progress, Storage, load_weights
@@ -104,21 +106,23 @@ class Model:
             raise ValueError(f"ids of {tokens.shape[0]} token: a draft needs a token and its successor, so at least 2")
         return self._by_chunks(decode.draft_chunk, (tokens[:-1], tokens[1:]))["logits"]
 
-    def _by_chunks(self, run: Callable[..., tuple[Taps, Cache]], rows: tuple[jax.Array, ...], **static: bool) -> Taps:
+    def _by_chunks(self, run: Callable[..., tuple[Taps, Cache]], rows: tuple[Any, ...], **static: bool) -> Taps:
         """Runs a sequence through ``run`` in chunks over a fresh cache; arrays of all chunks are joined."""
-        length = rows[0].shape[0]
-        width = _chunk_width(length)
-        table = contiguous_table(1, -(-length // PAGE))
-        cache = make_cache(self.config, self.plan, table.shape[1], mtp=run is decode.draft_chunk)
+        length, plan = rows[0].shape[0], self.plan
+        width, pages = _chunk_width(length), -(-length // PAGE)
+        batch = several.sequences(1, plan)
+        table = several.place(_table(batch, pages, plan), plan, several.batch_spec(plan))
+        cache = several.new_cache(self.config, plan, batch * pages, mtp=run is decode.draft_chunk)
         chunks: list[Taps] = []
         for start in range(0, length, width):
             count = min(width, length - start)
-            pieces = [jnp.pad(row[start : start + count], (0, width - count))[None] for row in rows]
-            where = (jnp.array([start], jnp.int32), jnp.array([count], jnp.int32))
-            found, cache = run(
-                self.weights, cache, table, *pieces, *where, config=self.config, plan=self.plan, **static
-            )
-            chunks.append({name: value[0, :count] for name, value in found.items()})
+            pad = ((0, batch - 1), (0, width - count))
+            pieces = [_xp(row).pad(row[None, start : start + count], pad) for row in rows]
+            counts = np.zeros(batch, np.int32)
+            counts[0] = count
+            where = (np.full(batch, start, np.int32), counts)
+            found, cache = run(self.weights, cache, table, *pieces, *where, config=self.config, plan=plan, **static)
+            chunks.append({name: several.first_rows(value, count, plan) for name, value in found.items()})
         return {name: jnp.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
     def generate(
@@ -174,13 +178,16 @@ class Model:
                 return
 
     def _prefill(self, batch: list[np.ndarray], max_new_tokens: int, sampling: Sampling) -> decode.DecodeState:
+        config, plan = self.config, self.plan
+        batch = batch + [np.zeros(0, np.int32)] * (several.sequences(len(batch), plan) - len(batch))
         lengths = np.array([len(ids) for ids in batch], np.int32)
         longest = int(lengths.max())
         # A power of two of pages: nearby lengths share one compiled program.
         pages = _power_of_two(-(-(longest + max_new_tokens) // PAGE))
-        table = contiguous_table(len(batch), pages)
-        cache = make_cache(self.config, self.plan, len(batch) * pages)
-        last = jnp.zeros((len(batch), self.config.hidden_size), self.plan.activation)
+        last = jnp.zeros((len(batch), config.hidden_size), plan.activation)
+        each = (_table(len(batch), pages, plan), last, jnp.asarray(lengths), sampling_state(sampling, len(batch)))
+        table, last, positions, draws = several.place(each, plan, several.batch_spec(plan))
+        cache = several.new_cache(config, plan, len(batch) * pages)
         width = _chunk_width(longest)
         padded = np.zeros((len(batch), -(-longest // width) * width), np.int32)
         for row, ids in zip(padded, batch, strict=True):
@@ -190,10 +197,9 @@ class Model:
             starts = np.full(len(batch), start, np.int32)
             tokens = padded[:, start : start + width]
             cache, last = decode.prefill_chunk(
-                self.weights, cache, last, table, tokens, starts, counts, config=self.config, plan=self.plan
+                self.weights, cache, last, table, tokens, starts, counts, config=config, plan=plan
             )
-        positions, draws = jnp.asarray(lengths), sampling_state(sampling, len(batch))
-        tokens = decode.first_token(self.weights, last, draws, positions, plan=self.plan)
+        tokens = decode.first_token(self.weights, last, draws, positions, config=config, plan=plan)
         return decode.DecodeState(tokens, positions, table, cache, draws)
 
 
@@ -205,8 +211,10 @@ def load(
     linear: str = "w8a16",
     latent_norm_eps: float | None = None,
     progress: Progress | None = None,
+    mesh: Mesh | None = None,
+    parallel: str | None = None,
 ) -> Model:
-    """Loads a Hugging Face GLM-5, 5.1 or 5.2 checkpoint directory onto the default device.
+    """Loads a Hugging Face GLM-5, 5.1 or 5.2 checkpoint directory onto the default device, or onto several.
 
     Args:
       path: directory with config.json and safetensors files: bfloat16, float32 or the official FP8 format.
@@ -218,6 +226,11 @@ def load(
       linear: arithmetic with FP8 weights: "w8a16", or "w8a8", which quantizes activations by groups of 128.
       latent_norm_eps: epsilon of the two latent norms; None is the config's rms_norm_eps, 1e-6 is what transformers uses.
       progress: called as progress(bytes done, bytes in total, tensor name) while loading.
+      mesh: devices that share the model, a mesh with one axis (``parallel.make_mesh(n)`` takes the first n); all devices where only
+        ``parallel`` is given. Each device gets its own slices of the weights and nothing else.
+      parallel: how they share it. "tp" slices every weight that is worth it over all of them: lowest latency. "ep" places whole
+        experts on devices and slices the rest. "ep+dp" also gives each device sequences of its own to attend for, with their
+        caches, which "tp" and "ep" hold on every device: highest throughput. "tp" where only ``mesh`` is given.
 
     Returns:
       a Model.
@@ -225,29 +238,41 @@ def load(
     Raises:
       CheckpointError: a file or tensor is missing, unexpected, broken or of the wrong shape or type.
       ConfigError: config.json holds a field this code does not know or support.
-      ValueError: an argument outside the values above.
+      ValueError: an argument outside the values above, or a model whose sizes do not split over the devices, with the numbers.
     """
     if weights not in ("checkpoint", "bfloat16", "float32"):
         raise ValueError(f"{weights=} must be 'checkpoint', 'bfloat16' or 'float32'")
     # Arguments are checked before the disk is touched.
-    plan = Plan(dtype=dtype, cache="float32" if cache == "auto" else cache, linear=linear)
+    share = several.share(mesh, parallel)
+    plan = Plan(dtype=dtype, cache="float32" if cache == "auto" else cache, linear=linear, parallel=share)
     with Checkpoint.open(path) as checkpoint:
         config = Config.from_hf(checkpoint.config, latent_norm_eps)
-        arrays = load_weights(checkpoint, config, dtype=dtype, weights=weights, progress=progress)
+        arrays = load_weights(checkpoint, config, dtype=dtype, weights=weights, progress=progress, parallel=share)
     if cache == "auto" and dtype != "float32":
         fp8 = isinstance(arrays.attention.q_b, BlockScaled)
         plan = dataclasses.replace(plan, cache="fp8" if fp8 else "bfloat16")
     return Model(arrays, config, plan)
 
 
-def _as_ids(ids: Ids, vocab: int) -> jax.Array:
+def _as_ids(ids: Ids, vocab: int) -> jax.Array | np.ndarray:
     if isinstance(ids, jax.Array) and isinstance(ids, jax.core.Tracer):
         if ids.ndim != 1 or not ids.shape[0]:
             raise ValueError(f"ids of shape {ids.shape} must be one non-empty sequence [T]")
         if not jnp.issubdtype(ids.dtype, jnp.integer):
             raise ValueError(f"ids of dtype {ids.dtype} must be integers")
         return ids.astype(jnp.int32)
-    return jnp.asarray(_checked(ids, vocab, "ids"))
+    return _checked(ids, vocab, "ids")
+
+
+def _xp(array: jax.Array | np.ndarray) -> Any:
+    """numpy for its arrays, which every process of several has alike and any mesh takes; jnp for traced ones."""
+    return np if isinstance(array, np.ndarray) else jnp
+
+
+def _table(batch: int, pages: int, plan: Plan) -> jax.Array:
+    """Block table [batch, pages] of sequences that follow each other in the cache of the device that has them."""
+    devices = several.sequences(1, plan)
+    return jnp.tile(contiguous_table(batch // devices, pages), (devices, 1))
 
 
 def _as_batch(prompts: Sequence[int] | Sequence[Sequence[int]], vocab: int) -> list[np.ndarray]:

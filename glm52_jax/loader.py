@@ -2,7 +2,7 @@
 
 Each stacked array is allocated once on the device and filled in place, so the device holds no second copy and the host no more
 than what is on its way: the tensors are visited in the order of the files, and a file's mapping is dropped when its last tensor
-is through.
+is through. On several devices each gets its own slices of a tensor, straight from the mapping, and nothing else of it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,15 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from glm52_jax.checkpoint import Checkpoint, CheckpointError
 from glm52_jax.claims import FP8, SCALE_SUFFIX, Expected, check_claims, check_scales, scale_shape
 from glm52_jax.config import SHARED, Config
 from glm52_jax.layout import split_kv_b
+from glm52_jax.parallel import check_split, partition
+from glm52_jax.plan import Parallel
+from glm52_jax.shares import Part, Shares, update
 from glm52_jax.weights import Leaf, Source, Weights, mtp_prefix, weight_leaves
 from pallas_kernels.blocks import BlockScaled, dequantize
 
@@ -50,8 +54,9 @@ def load_weights(
     dtype: str = "bfloat16",
     weights: Storage = "checkpoint",
     progress: Progress | None = None,
+    parallel: Parallel | None = None,
 ) -> Weights:
-    """Loads every weight of the model onto the default device.
+    """Loads every weight of the model onto the default device, or each device's slices onto those of a mesh.
 
     Args:
       checkpoint: an open checkpoint; all headers are checked before anything is allocated.
@@ -60,6 +65,7 @@ def load_weights(
       weights: "checkpoint" keeps each tensor as stored, FP8 blocks included; "bfloat16" and "float32" convert (router weights are
         never narrowed, the router bias is float32).
       progress: called as progress(bytes done, bytes in total, tensor name).
+      parallel: how several devices share the model.
 
     Warns:
       UserWarning, once, when the checkpoint holds indexer tensors of shared layers, which are skipped.
@@ -67,15 +73,22 @@ def load_weights(
     Raises:
       CheckpointError: a missing, unexpected, wrongly shaped or wrongly typed tensor; scales that are not finite; a leaf stored
         partly as FP8.
+      ValueError: a size that does not split over the devices.
     """
     mtp = holds_mtp(checkpoint, config)
     tree = weight_leaves(config, mtp)
-    leaves, structure = jax.tree.flatten(tree, is_leaf=lambda node: isinstance(node, Leaf))
+    named, structure = jax.tree.flatten_with_path(tree, is_leaf=lambda node: isinstance(node, Leaf))
+    leaves = [leaf for _, leaf in named]
     _check_scales(checkpoint, _check(checkpoint, config, leaves))
     if weights == "checkpoint":
         _refuse_mixed_storage(checkpoint, leaves)
-    targets = [_allocate(checkpoint, leaf, dtype, weights) for leaf in leaves]
-    _stream(checkpoint, config, targets, progress)
+    if parallel is not None:
+        names = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in named}
+        check_split(
+            names, frozenset(name for name, leaf in names.items() if FP8 in _stored(checkpoint, leaf)), parallel
+        )
+    targets = [_allocate(checkpoint, leaf, dtype, weights, parallel) for leaf in leaves]
+    _stream(checkpoint, targets, progress, _Placer(config, parallel))
     arrays = [t.data if t.scale is None else BlockScaled(t.data, t.scale) for t in targets]
     return jax.tree.unflatten(structure, arrays)
 
@@ -132,12 +145,17 @@ def _refuse_mixed_storage(checkpoint: Checkpoint, leaves: list[Leaf]) -> None:
             )
 
 
-def _allocate(checkpoint: Checkpoint, leaf: Leaf, dtype: str, weights: Storage) -> _Target:
-    stored = {checkpoint.tensors[s.tensor].dtype for s in leaf.sources}
+def _stored(checkpoint: Checkpoint, leaf: Leaf) -> set[str]:
+    return {checkpoint.tensors[source.tensor].dtype for source in leaf.sources}
+
+
+def _allocate(checkpoint: Checkpoint, leaf: Leaf, dtype: str, weights: Storage, parallel: Parallel | None) -> _Target:
+    stored = _stored(checkpoint, leaf)
+    where = None if parallel is None else NamedSharding(parallel.mesh, partition(leaf.axes, parallel))
     if FP8 in stored and weights == "checkpoint" and leaf.kind == "linear":
-        scale = jnp.zeros((*leaf.shape[:-2], *scale_shape(leaf.shape[-2:])), jnp.float32)
-        return _Target(leaf, jnp.zeros(leaf.shape, jnp.float8_e4m3fn), scale)
-    return _Target(leaf, jnp.zeros(leaf.shape, _dtype(leaf, stored, dtype, weights)), None)
+        scale = jnp.zeros((*leaf.shape[:-2], *scale_shape(leaf.shape[-2:])), jnp.float32, device=where)
+        return _Target(leaf, jnp.zeros(leaf.shape, jnp.float8_e4m3fn, device=where), scale)
+    return _Target(leaf, jnp.zeros(leaf.shape, _dtype(leaf, stored, dtype, weights), device=where), None)
 
 
 def _dtype(leaf: Leaf, stored: set[str], dtype: str, weights: Storage) -> jnp.dtype:
@@ -152,7 +170,7 @@ def _dtype(leaf: Leaf, stored: set[str], dtype: str, weights: Storage) -> jnp.dt
     return jnp.dtype(dtype if FP8 in stored else widest)
 
 
-def _stream(checkpoint: Checkpoint, config: Config, targets: list[_Target], progress: Progress | None) -> None:
+def _stream(checkpoint: Checkpoint, targets: list[_Target], progress: Progress | None, placer: _Placer) -> None:
     def file_of(task: tuple[_Target, Source]) -> Path:
         return checkpoint.tensors[task[1].tensor].file
 
@@ -165,7 +183,7 @@ def _stream(checkpoint: Checkpoint, config: Config, targets: list[_Target], prog
     for _, group in groupby(tasks, key=file_of):
         touched: set[Path] = set()
         for target, source in group:
-            _place_source(checkpoint, config, target, source)
+            placer.place(checkpoint, target, source)
             touched |= _files(checkpoint, source)
             size = _nbytes(checkpoint, source)
             done, in_flight = done + size, in_flight + size
@@ -190,18 +208,31 @@ def _nbytes(checkpoint: Checkpoint, source: Source) -> int:
     return sum(checkpoint.tensors[name].nbytes for name in names if name in checkpoint.tensors)
 
 
-def _place_source(checkpoint: Checkpoint, config: Config, target: _Target, source: Source) -> None:
-    value = checkpoint.read(source.tensor)
-    scale = None
-    if checkpoint.tensors[source.tensor].dtype == FP8:
-        scale = checkpoint.read(source.tensor + SCALE_SUFFIX)
-    if target.scale is not None:
-        target.data = _place(target.data, _start(target.data, source), value)
-        target.scale = _place(target.scale, _start(target.scale, source), scale)
-        return
-    widths = (config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim)
-    part = (target.leaf.kind, widths) if target.leaf.kind in ("w_uk", "w_uv") else None
-    target.data = _place_converted(target.data, _start(target.data, source), value, scale, part)
+class _Placer:
+    """Puts checkpoint tensors where they belong in the stacks, on one device or on those that share the model."""
+
+    def __init__(self, config: Config, parallel: Parallel | None) -> None:
+        self._widths = (config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim)
+        self._shares = None if parallel is None else Shares(parallel)
+
+    def place(self, checkpoint: Checkpoint, target: _Target, source: Source) -> None:
+        value = checkpoint.read(source.tensor)
+        scale = None
+        if checkpoint.tensors[source.tensor].dtype == FP8:
+            scale = checkpoint.read(source.tensor + SCALE_SUFFIX)
+        leaf = target.leaf
+        part = (leaf.kind, self._widths) if leaf.kind in ("w_uk", "w_uv") else None
+        if self._shares is not None:
+            stack = (target.data, target.scale)
+            target.data, target.scale = self._shares.fill(stack, leaf.axes, source.index, value, scale, part)
+        elif target.scale is not None:
+            assert scale is not None
+            start = _start(target.data, source)
+            target.data, target.scale = _place(target.data, start, value), _place(target.scale, start, scale)
+        elif scale is None and part is None:
+            target.data = _place(target.data, _start(target.data, source), value)
+        else:
+            target.data = _place_converted(target.data, _start(target.data, source), value, scale, part)
 
 
 def _start(buffer: jax.Array, source: Source) -> np.ndarray:
@@ -211,21 +242,12 @@ def _start(buffer: jax.Array, source: Source) -> np.ndarray:
 @partial(jax.jit, donate_argnums=0)
 def _place(buffer: jax.Array, start: jax.Array, value: jax.Array) -> jax.Array:
     """buffer[start] = value, in place."""
-    block = value.reshape((1,) * (buffer.ndim - value.ndim) + value.shape).astype(buffer.dtype)
-    if buffer.dtype != jnp.float8_e4m3fn:
-        return jax.lax.dynamic_update_slice(buffer, block, tuple(start))
-    # As bytes: XLA's CPU backend widens an FP8 update, and with it the whole buffer, every time.
-    raw, block = (jax.lax.bitcast_convert_type(a, jnp.uint8) for a in (buffer, block))
-    return jax.lax.bitcast_convert_type(jax.lax.dynamic_update_slice(raw, block, tuple(start)), buffer.dtype)
+    return update(buffer, start, value)
 
 
 @partial(jax.jit, donate_argnums=0, static_argnums=4)
 def _place_converted(
-    buffer: jax.Array,
-    start: jax.Array,
-    value: jax.Array,
-    scale: jax.Array | None,
-    part: tuple[str, tuple[int, int, int]] | None,
+    buffer: jax.Array, start: jax.Array, value: jax.Array, scale: jax.Array | None, part: Part | None
 ) -> jax.Array:
     """As ``_place``, after dequantizing FP8 blocks (by the tensor's own rows) and taking one half of kv_b."""
     if scale is not None:
@@ -234,4 +256,4 @@ def _place_converted(
         kind, (heads, nope, v) = part
         w_uk, w_uv = split_kv_b(value, heads, nope, v)
         value = w_uk if kind == "w_uk" else w_uv
-    return _place(buffer, start, value)
+    return update(buffer, start, value)

@@ -9,10 +9,10 @@ from glm52_jax.cache import Cache, Rows
 from glm52_jax.config import Config
 from glm52_jax.layers.attention import attention
 from glm52_jax.layers.moe import moe
-from glm52_jax.model import embed
+from glm52_jax.model import attention_sum, embed, mlp_sum
 from glm52_jax.plan import Plan
 from glm52_jax.weights import Weights
-from pallas_kernels import fp8_linear, norm_quant
+from pallas_kernels import collectives, fp8_linear, norm_quant
 
 
 def draft(
@@ -31,14 +31,16 @@ def draft(
       draft step would take as ``hidden``, and the cache. Source: spec section 6.
     """
     assert weights.mtp is not None and weights.moe is not None
-    extra, flat = weights.mtp, rows.positions.reshape(-1, 1)
+    extra, sparse, flat = weights.mtp, weights.moe, rows.positions.reshape(-1, 1)
     # The mask tests the position, not the token: position 0 never saw a predecessor in training.
     token = jnp.where(flat == 0, jnp.zeros((), plan.activation), embed(weights, successors, plan))
     token = norm_quant.rms_norm(token, extra.enorm, config.rms_norm_eps)
     state = norm_quant.rms_norm(hidden.reshape(token.shape), extra.hnorm, config.rms_norm_eps)
     x = fp8_linear.linear(jnp.concatenate([token, state], axis=-1), extra.eh_proj, arithmetic=plan.linear)
-    layer, full, sparse = config.num_hidden_layers, len(config.full_layers), len(config.sparse_layers)
+    if plan.parallel is not None and not plan.parallel.own_sequences:
+        x = collectives.all_gather(x, plan.parallel.axis, dim=-1)
+    layer, full, last = config.num_hidden_layers, len(config.full_layers), len(config.sparse_layers)
     out, cache, _ = attention(weights.attention, layer, weights.indexer, full, x, cache, rows, None, config, plan)
-    x = x + out
-    x = x + moe(weights.moe, sparse, x, config, plan)[0]
+    x = x + attention_sum(out, plan)
+    x = x + mlp_sum(lambda rows: moe(sparse, last, rows, config, plan), x, plan)[0]
     return norm_quant.rms_norm(x, extra.norm, config.rms_norm_eps).reshape(hidden.shape), cache

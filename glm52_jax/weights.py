@@ -4,7 +4,8 @@
 of arrays of the same structure. Weights are stacked by kind into a few dozen arrays, because every argument of a compiled
 program costs host time: kernels get a whole stack and an index.
 
-Names and shapes: spec section 3. Logical axes name what a dimension is, so that a sharding can be stated by name.
+Names and shapes: spec section 3. Logical axes name what a dimension is, so that a sharding can be stated by name
+(``parallel.RULES``): dimensions of one size that are split differently, as the vocabulary of embedding and head, have two names.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ def weight_leaves(config: Config, mtp: bool) -> Weights:
     extra = (config.num_hidden_layers,) if mtp else ()
     sparse = config.sparse_layers + extra
     return Weights(
-        embed=_single("model.embed_tokens.weight", vocab, ("vocab", "hidden")),
+        embed=_single("model.embed_tokens.weight", vocab, ("tokens", "hidden")),
         attention=_attention(config, (*range(config.num_hidden_layers), *extra)),
         indexer=_indexer(config, config.full_layers + extra),
         dense=_dense(config, config.dense_layers) if config.dense_layers else None,
@@ -240,23 +241,23 @@ def _moe(c: Config, layers: Iterable[int]) -> MoeWeights:
             for e in range(experts)
         )
 
-    bias = stack("mlp.gate", (experts,), ("experts",), "float32")
+    bias = stack("mlp.gate", (experts,), ("choices",), "float32")
     bias_names = tuple(
         dataclasses.replace(s, tensor=s.tensor.removesuffix("weight") + "e_score_correction_bias") for s in bias.sources
     )
     return MoeWeights(
         post_norm=stack("post_attention_layernorm", (hidden,), ("hidden",), "vector"),
-        router=stack("mlp.gate", (experts, hidden), ("experts", "hidden"), "exact"),
+        router=stack("mlp.gate", (experts, hidden), ("choices", "hidden"), "exact"),
         router_bias=dataclasses.replace(bias, sources=bias_names),
         gate_up=Leaf(
             (len(order), experts, 2, width, hidden),
-            ("layers", "experts", "gate_up", "width", "hidden"),
+            ("layers", "experts", "gate_up", "expert_width", "hidden"),
             "linear",
             expert("gate_proj", (width, hidden), 0) + expert("up_proj", (width, hidden), 1),
         ),
         down=Leaf(
             (len(order), experts, hidden, width),
-            ("layers", "experts", "hidden", "width"),
+            ("layers", "experts", "hidden", "expert_width"),
             "linear",
             expert("down_proj", (hidden, width)),
         ),
@@ -271,6 +272,6 @@ def _mtp(c: Config) -> MtpWeights:
     return MtpWeights(
         enorm=_single(prefix + "enorm.weight", hidden, ("hidden",)),
         hnorm=_single(prefix + "hnorm.weight", hidden, ("hidden",)),
-        eh_proj=_single(prefix + "eh_proj.weight", eh_shape, ("hidden", "two_hidden"), "linear"),
+        eh_proj=_single(prefix + "eh_proj.weight", eh_shape, ("mtp_hidden", "two_hidden"), "linear"),
         norm=_single(prefix + "shared_head.norm.weight", hidden, ("hidden",)),
     )

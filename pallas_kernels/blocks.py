@@ -63,6 +63,18 @@ def quantize_blocks(w: jax.Array, floor: float = 1e-10) -> BlockScaled:
     return BlockScaled(data, scale)
 
 
+def random_blocks(key: jax.Array, layers: int, n: int, k: int) -> BlockScaled:
+    """A stack [layers, n, k] of random weights: normal, a standard deviation near k^-1/2, scales that differ by block.
+
+    For checks and benchmarks. One matrix is made at a time: float32 numbers of a whole stack would fill a GPU.
+    """
+    data = jax.lax.map(
+        lambda one: to_e4m3(100 * jax.random.normal(one, (n, k), jnp.float32)), jax.random.split(key, layers)
+    )
+    grid = (layers, -(-n // BLOCK), -(-k // BLOCK))
+    return BlockScaled(data, 0.01 * k**-0.5 * jax.random.uniform(key, grid, jnp.float32, 0.3, 1.7))
+
+
 def to_e4m3(x: jax.Array) -> jax.Array:
     """Clamped cast: jnp's own cast turns values above 464 into NaN where the GPU's saturates."""
     return jnp.clip(x, -E4M3_MAX, E4M3_MAX).astype(E4M3)

@@ -54,14 +54,24 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselects the tests marked needs_triton where triton is not installed; a run that asks for them is refused."""
+    """Deselects what this run cannot mean: tests of several GPUs under a plain ``-m gpu``, tests of Triton where it is absent.
+
+    A run that asks for either by name is refused where it cannot be served, not emptied.
+    """
+    if not selects(config.option.markexpr, "multigpu"):
+        deselect(config, items, "multigpu")
     if importlib.util.find_spec("triton") is not None:
         return
     if selects(config.option.markexpr, "needs_triton"):
         raise pytest.UsageError(
             f"-m {config.option.markexpr!r} needs triton, which this Python lacks: pip install triton"
         )
-    without = [item for item in items if item.get_closest_marker("needs_triton")]
+    deselect(config, items, "needs_triton")
+
+
+def deselect(config: pytest.Config, items: list[pytest.Item], mark: str) -> None:
+    """Takes the marked tests out, and counts them as deselected."""
+    without = [item for item in items if item.get_closest_marker(mark)]
     if without:
         items[:] = [item for item in items if item not in without]
         config.hook.pytest_deselected(items=without)

@@ -46,6 +46,16 @@ def toy_selection(made: Operation, text: str = "toy:square") -> operations.Selec
 # --- run
 
 
+def test_targets_only(quick: None, tmp_path: Path) -> None:
+    """Only what a figure stands beside is timed, at that figure's rows."""
+    made = operation(backend("triton", product), RIVALS={"square": {"other": {2: 1e9}, "target": {8: 1.0}}})
+    here, _ = session(tmp_path)
+    options = dataclasses.replace(FAST, rows=None, targets=True, reference=False)
+    run.run([toy_selection(made, "toy")], options, here)
+    assert {(record.case, record.rows) for record in kept(tmp_path)} == {("square", 2), ("square", 8)}
+    assert made.compared("large") == ()
+
+
 def test_run_records(quick: None, tmp_path: Path) -> None:
     made = operation(backend("triton", product), advance=advance, RIVALS={"square": {"other": {2: 1e9}}})
     here, said = session(tmp_path, dataclasses.replace(H200, l2_bytes=1000))

@@ -64,7 +64,8 @@ def test_decode_on_kernels_is_as_exact_as_the_references(directory: Path, linear
     got, served = steps(model, ids, rows)
     again, _ = steps(model, ids, rows)
     assert np.array_equal(got, again), "replays differ from the first call"
-    for operation in ("sparse_mla", "latent_write", "mla_front", "mla_out", "fp8_linear"):
+    # mla_front writes the latents too.
+    for operation in ("sparse_mla", "mla_front", "mla_out", "fp8_linear"):
         used = {backend for name, backend in served if name == operation}
         assert used - {"reference"}, f"{operation} ran on {used} only"
     jax.clear_caches()

@@ -169,13 +169,16 @@ def _model_selection(monkeypatch: pytest.MonkeyPatch, model: glm52_jax.Model, in
 
 def _queries_rotated_later(monkeypatch: pytest.MonkeyPatch, model: glm52_jax.Model, inputs: Inputs) -> Inputs:
     """MLA queries at rope position p + 1, keys at p."""
-    right, turned = mla_front.query, _turned(model.config, inputs.rows, 1)
+    right, turned = mla_front.query_and_write, _turned(model.config, inputs.rows, 1)
 
-    def query(*args: Any, **kwargs: Any) -> Any:
-        assert args[5].shape == args[6].shape == turned["cos"].shape, "cos and sin stand elsewhere"
-        return right(*args[:5], turned["cos"], turned["sin"], **kwargs)
+    def query_and_write(*args: Any, **kwargs: Any) -> Any:
+        """The key keeps its rotation; only the query is turned."""
+        assert args[9].shape == args[10].shape == turned["cos"].shape, "cos and sin stand elsewhere"
+        latent, _, written = right(*args, **kwargs)
+        _, query = mla_front.query(*args[:4], args[7], turned["cos"], turned["sin"], **kwargs)
+        return latent, query, written
 
-    monkeypatch.setattr(mla_front, "query", query)
+    monkeypatch.setattr(mla_front, "query_and_write", query_and_write)
     return inputs
 
 

@@ -129,18 +129,18 @@ def _share(pick: Callable[[list[Any], Any, Any], Any]) -> Patch:
     """Changes what a shared layer attends to: pick(selections of the full layers so far, the right one, rows)."""
 
     def apply(monkeypatch: pytest.MonkeyPatch, model: glm52_jax.Model) -> glm52_jax.Model:
-        right, seen = decoder.attention, []
+        right, seen = decoder.add_attention, []
 
-        def attention(*args: Any) -> Any:
-            index_layer, rows, selection = args[3], args[6], args[7]
+        def add_attention(*args: Any) -> Any:
+            index_layer, rows, selection = args[3], args[7], args[8]
             if index_layer is None:
-                args = (*args[:7], pick(seen, selection, rows), *args[8:])
+                args = (*args[:8], pick(seen, selection, rows), *args[9:])
             out = right(*args)
             if index_layer is not None:
-                seen.append(out[2])
+                seen.append(out[3])
             return out
 
-        monkeypatch.setattr(decoder, "attention", attention)
+        monkeypatch.setattr(decoder, "add_attention", add_attention)
         return model
 
     return apply

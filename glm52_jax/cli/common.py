@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
+    from glm52_jax.cli.several import Several
     from glm52_jax.generate import Model
 
 DType = Literal["bfloat16", "float32"]
@@ -37,12 +38,12 @@ class CliError(Exception):
     """A request that cannot be served as it was given; the message is all the user sees."""
 
 
-def load_model(directory: Path, **options: Any) -> Model:
+def load_model(directory: Path, several: Several, **options: Any) -> Model:
     """``glm52_jax.load`` with a progress bar on stderr (when that is a terminal). CliError for options it refuses."""
     import glm52_jax
 
     with _progress() as report, refusals():
-        return glm52_jax.load(directory, progress=report, **options)
+        return glm52_jax.load(directory, progress=report, **options, **several.load_options())
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from glm52_jax.cli import common, make_tiny
+from glm52_jax.cli import common, make_tiny, several
 
 if TYPE_CHECKING:
     from glm52_jax.generate import Model
@@ -54,6 +54,11 @@ def generate(
     cache: common.CacheOption = "auto",
     linear: common.LinearOption = "w8a16",
     latent_norm_eps: common.LatentNormEpsOption = None,
+    parallel: several.ParallelOption = None,
+    devices: several.DevicesOption = None,
+    coordinator: several.CoordinatorOption = None,
+    process_id: several.ProcessIdOption = None,
+    num_processes: several.NumProcessesOption = None,
 ) -> None:
     """Generate text. Text goes to stdout as it comes, statistics to stderr.
 
@@ -76,13 +81,14 @@ def generate(
     tokenizer = Tokenizer.from_dir(directory)
     ids = request.encode(tokenizer)
     _check_length(ids, max_new_tokens, common.read_optional_json(directory / "config.json"))
-    model = common.load_model(
-        directory, dtype=dtype, weights=weights, cache=cache, linear=linear, latent_norm_eps=latent_norm_eps
-    )
     # None lets the model stop on its config's ids.
     stop_ids = () if ignore_eos else tokenizer.eos_ids or None
-
-    stream(model, tokenizer, ids, max_new_tokens, sampling, stop_ids)
+    options = {"dtype": dtype, "weights": weights, "cache": cache, "linear": linear, "latent_norm_eps": latent_norm_eps}
+    group = several.Several(parallel, devices, coordinator, process_id, num_processes)
+    with group.running():
+        group.agree(ids, sampling, max_new_tokens, stop_ids, options)
+        model = common.load_model(directory, **options, several=group)
+        stream(model, tokenizer, ids, max_new_tokens, sampling, stop_ids)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from glm52_jax.cli import common
+from glm52_jax.cli import common, several
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,6 +25,11 @@ def score(
     cache: common.CacheOption = "auto",
     linear: common.LinearOption = "w8a16",
     latent_norm_eps: common.LatentNormEpsOption = None,
+    parallel: several.ParallelOption = None,
+    devices: several.DevicesOption = None,
+    coordinator: several.CoordinatorOption = None,
+    process_id: several.ProcessIdOption = None,
+    num_processes: several.NumProcessesOption = None,
 ) -> None:
     """Write the logits of every position of a list of token ids, float32 [T, vocab], to an npz file."""
     token_ids = read_ids(ids, common.read_optional_json(directory / "config.json").get("vocab_size"))
@@ -32,11 +37,14 @@ def score(
         raise common.CliError(f"--out {out}: the directory {out.resolve().parent} does not exist")
     if out.is_dir():
         raise common.CliError(f"--out {out} is a directory: give the file to write")
-    model = common.load_model(
-        directory, dtype=dtype, weights=weights, cache=cache, linear=linear, latent_norm_eps=latent_norm_eps
-    )
-    logits, arrays = model.score(token_ids, taps=True) if taps else (model.score(token_ids), {})
-    write_npz(out, {"logits": logits, **arrays})
+    options = {"dtype": dtype, "weights": weights, "cache": cache, "linear": linear, "latent_norm_eps": latent_norm_eps}
+    group = several.Several(parallel, devices, coordinator, process_id, num_processes)
+    with group.running():
+        group.agree(token_ids, taps, options)
+        model = common.load_model(directory, **options, several=group)
+        logits, arrays = model.score(token_ids, taps=True) if taps else (model.score(token_ids), {})
+        if not process_id:
+            write_npz(out, {"logits": logits, **arrays})
 
 
 def read_ids(file: Path, vocab_size: Any = None) -> list[int]:

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-import jax
+from collections.abc import Callable
+from typing import Any
 
-from pallas_kernels.blocks import Weight
-from pallas_kernels.experts import reference
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import registry
+from pallas_kernels.arch import Arch
+from pallas_kernels.blocks import BLOCK, BlockScaled, Weight
+from pallas_kernels.experts.spec import Spec
+from pallas_kernels.registry import Backend, Refusal
+
+ARITHMETICS = ("w8a16", "w8a8")
+# What one program can hold a counter of in registers.
+_MOST_EXPERTS = 1024
 
 
 def mix(
@@ -19,16 +30,87 @@ def mix(
     layer: int | jax.Array,
     *,
     arithmetic: str = "w8a16",
+    backend: str | None = None,
 ) -> jax.Array:
     """Weighted sum of the chosen experts, plus the shared expert.
 
     Computes: sum_j weights[r, j] * ffn_{ids[r, j]}(x[r]) + ffn_shared(x[r]), ffn(x) = (silu(x @ gate.T) * (x @ up.T)) @ down.T.
-    Inputs: x [rows, hidden]; ids int32 [rows, k], a negative id adds nothing; weights float32 [rows, k], 2.5 included;
-      gate_up [moe layers, experts, 2, width, hidden]; down [moe layers, experts, hidden, width]; shared_gate_up
-      [moe layers, 2, width, hidden]; shared_down [moe layers, hidden, width]; layer: static or traced scalar.
+    Inputs: x [rows, hidden]; ids int32 [rows, k], an id that is negative or no expert's adds nothing, whatever its weight; weights
+      float32 [rows, k], 2.5 included; gate_up [moe layers, experts, 2, width, hidden]; down [moe layers, experts, hidden, width];
+      shared_gate_up [moe layers, 2, shared width, hidden]; shared_down [moe layers, hidden, shared width]; layer: static or traced
+      scalar. No stack is sliced or copied (but see Refuses), offsets are 64-bit. backend: None chooses.
     Outputs: [rows, hidden] in x's dtype.
     Rounding points: the SwiGLU product once to x's dtype; down-projections, weights and sums in float32; one rounding at the end.
-    Bound: bytes of the distinct experts hit and of the shared one, once.
+      The Triton backend multiplies in bfloat16, which holds e4m3 exactly, applies a block's scale to its sum in float32, and
+      reads an e4m3 NaN byte as 480 times the scale on GPUs older than SM89.
+    Refuses: the Triton backend takes bfloat16 x, FP8 block-scaled weights in W8A16, sizes that are multiples of 128 and up to 1024
+      experts; everything else is the reference's. On GPUs older than SM89 the stacks are passed as bytes, and whether XLA does that
+      without a copy is unmeasured.
+    Graph-safe: yes; three launches for one row, four for more, fixed shapes.
+    Bound: bytes of the distinct experts hit and of the shared one, once: 340 MB for one row at GLM's shape.
     Source: spec section 5.6; the weight multiplies the expert's output.
     """
-    return reference.mix(x, ids, weights, gate_up, down, shared_gate_up, shared_down, layer, arithmetic)
+    if arithmetic not in ARITHMETICS:
+        raise ValueError(f"{arithmetic=} must be one of {ARITHMETICS}")
+    _check(x, ids, weights, gate_up, down, shared_gate_up, shared_down)
+    layers, experts, _, width, hidden = gate_up.shape
+    kinds = {_kind(w) for w in (gate_up, down, shared_gate_up, shared_down)}
+    spec = Spec(
+        *(x.shape[0], ids.shape[1], experts, hidden, width, shared_gate_up.shape[-2], layers, x.dtype.name),
+        *(kinds.pop() if len(kinds) == 1 else "mixed", arithmetic),
+    )
+    stacks = (gate_up, down, shared_gate_up, shared_down)
+    args = (x, ids, weights, *stacks, jnp.asarray(layer, jnp.int32), None)
+    return registry.call("experts", BACKENDS, spec, args, forced=backend)
+
+
+def _kind(w: Weight) -> str:
+    return "float8_e4m3fn" if isinstance(w, BlockScaled) else f"{w.dtype.name} without scales"
+
+
+def _check(x: jax.Array, ids: jax.Array, weights: jax.Array, gate_up: Weight, down: Weight, *shared: Weight) -> None:
+    if x.ndim != 2 or ids.ndim != 2 or ids.shape != weights.shape or ids.shape[0] != x.shape[0]:
+        raise ValueError(f"x {x.shape}, ids {ids.shape} and weights {weights.shape} must be [r, h], [r, k] and [r, k]")
+    layers, experts, _, width, hidden = gate_up.shape
+    shared_width = shared[0].shape[-2]
+    wanted = ((layers, experts, hidden, width), (layers, 2, shared_width, hidden), (layers, hidden, shared_width))
+    given = (down.shape, *(w.shape for w in shared))
+    if given != wanted or gate_up.shape[2] != 2 or x.shape[1] != hidden:
+        raise ValueError(
+            f"gate_up {gate_up.shape} and x {x.shape} need down and the shared two as {wanted}, got {given}"
+        )
+
+
+def _triton_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
+    if arch is None or arch.sm < 80:
+        return Refusal("needs an NVIDIA GPU of SM80 or newer")
+    if spec.arithmetic != "w8a16":
+        return Refusal(f"serves w8a16, not {spec.arithmetic}")
+    if spec.weights != "float8_e4m3fn":
+        return Refusal(f"needs FP8 block-scaled weights, got {spec.weights}")
+    if spec.dtype != "bfloat16":
+        return Refusal(f"needs bfloat16 rows, got {spec.dtype}")
+    if any(size % BLOCK for size in (spec.hidden, spec.width, spec.shared_width)):
+        sizes = f"hidden {spec.hidden}, width {spec.width} and shared_width {spec.shared_width}"
+        return Refusal(f"{sizes} must be multiples of {BLOCK}")
+    if spec.experts > _MOST_EXPERTS:
+        return Refusal(f"{spec.experts} experts: one program counts the rows of at most {_MOST_EXPERTS}")
+    return None
+
+
+def _load_triton() -> Callable[..., Any]:
+    from pallas_kernels.experts import triton
+
+    return triton.run
+
+
+def _load_reference() -> Callable[..., Any]:
+    from pallas_kernels.experts import reference
+
+    return reference.run
+
+
+BACKENDS = (
+    Backend("triton", _triton_supports, _load_triton, on_request="never run on a GPU"),
+    Backend("reference", lambda spec, arch: None, _load_reference),
+)

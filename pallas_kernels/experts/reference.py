@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.blocks import Weight, take
+from pallas_kernels.experts.spec import Spec
 from pallas_kernels.fp8_linear import reference as fp8_linear
+
+
+def run(
+    spec: Spec,
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    gate_up: Weight,
+    down: Weight,
+    shared_gate_up: Weight,
+    shared_down: Weight,
+    layer: int | jax.Array,
+    after: Any = None,
+) -> jax.Array:
+    """As ``experts.mix`` describes it; nothing reads ``after``."""
+    return mix(x, ids, weights, gate_up, down, shared_gate_up, shared_down, layer, spec.arithmetic)
 
 
 def mix(

@@ -13,39 +13,48 @@ from pallas_kernels.lowering import triton_options
 
 
 @triton.jit
+def write_row(
+    kv_a, norm, cache, layer, slots, cos, sin, row,
+    EPS: tl.constexpr, CAPACITY: tl.constexpr, WIDTH: tl.constexpr, QUANT: tl.constexpr,
+):  # fmt: skip
+    """Writes one row into ``cache``, by all warps of a program; nothing where its slot is out of the cache.
+
+    Everything is loaded before anything is used or decided: the row's time is one memory latency, not four.
+    """
+    slot, which = tl.load(slots + row), tl.load(layer)
+    group, lane = tl.arange(0, 4)[:, None], tl.arange(0, 128)[None, :]
+    column = group * 128 + lane
+    pair = tl.arange(0, 32)
+    x = tl.load(kv_a + row * 576 + column).to(tl.float32)
+    even = tl.load(kv_a + row * 576 + 512 + 2 * pair).to(tl.float32)
+    odd = tl.load(kv_a + row * 576 + 513 + 2 * pair).to(tl.float32)
+    co, si = tl.load(cos + row * 32 + pair), tl.load(sin + row * 32 + pair)
+    weight = tl.load(norm + which * 512 + column).to(tl.float32)
+    mean = tl.sum(tl.sum(x * x, 1), 0) / 512.0
+    c = (x * tl.rsqrt(mean + EPS) * weight).to(tl.bfloat16)
+    first, second = (even * co - odd * si).to(tl.bfloat16), (odd * co + even * si).to(tl.bfloat16)
+    if (slot >= 0) & (slot < CAPACITY):
+        base = (which.to(tl.int64) * CAPACITY + slot) * WIDTH
+        if QUANT:
+            bits, scale = quantize_rows(c.to(tl.float32))
+            tl.store(cache + base + column, bits.to(tl.uint8))
+            scales = (cache + base + 512).to(tl.pointer_type(tl.float32))
+            tl.store(scales + tl.arange(0, 4), scale)
+            keys = (cache + base + 528).to(tl.pointer_type(tl.bfloat16))
+        else:
+            tl.store(cache + base + column, c)
+            keys = cache + base + 512
+        tl.store(keys + 2 * pair, first)
+        tl.store(keys + 2 * pair + 1, second)
+
+
+@triton.jit
 def write_kernel(
     kv_a, norm, cache, layer, slots, cos, sin,
     EPS: tl.constexpr, CAPACITY: tl.constexpr, WIDTH: tl.constexpr, QUANT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (rows,). Writes into ``cache``."""
-    row = tl.program_id(0)
-    slot = tl.load(slots + row)
-    if (slot < 0) | (slot >= CAPACITY):
-        return
-    which = tl.load(layer)
-    group, lane = tl.arange(0, 4)[:, None], tl.arange(0, 128)[None, :]
-    column = group * 128 + lane
-    x = tl.load(kv_a + row * 576 + column).to(tl.float32)
-    mean = tl.sum(tl.sum(x * x, 1), 0) / 512.0
-    c = x * tl.rsqrt(mean + EPS) * tl.load(norm + which * 512 + column).to(tl.float32)
-    c = c.to(tl.bfloat16).to(tl.float32)
-    pair = tl.arange(0, 32)
-    even = tl.load(kv_a + row * 576 + 512 + 2 * pair).to(tl.float32)
-    odd = tl.load(kv_a + row * 576 + 513 + 2 * pair).to(tl.float32)
-    co, si = tl.load(cos + row * 32 + pair), tl.load(sin + row * 32 + pair)
-    first, second = (even * co - odd * si).to(tl.bfloat16), (odd * co + even * si).to(tl.bfloat16)
-    base = (which.to(tl.int64) * CAPACITY + slot) * WIDTH
-    if QUANT:
-        bits, scale = quantize_rows(c)
-        tl.store(cache + base + column, bits.to(tl.uint8))
-        scales = (cache + base + 512).to(tl.pointer_type(tl.float32))
-        tl.store(scales + tl.arange(0, 4), scale)
-        keys = (cache + base + 528).to(tl.pointer_type(tl.bfloat16))
-    else:
-        tl.store(cache + base + column, c.to(tl.bfloat16))
-        keys = cache + base + 512
-    tl.store(keys + 2 * pair, first)
-    tl.store(keys + 2 * pair + 1, second)
+    """Grid (rows,)."""
+    write_row(kv_a, norm, cache, layer, slots, cos, sin, tl.program_id(0), EPS, CAPACITY, WIDTH, QUANT)
 
 
 def run(

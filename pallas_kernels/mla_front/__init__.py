@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -37,17 +38,54 @@ def query(
     Outputs: ql [rows, q_lora_rank] (the indexer reads it too); query [rows, heads, kv_lora_rank + rope], both in q_a's dtype.
     Rounding points: ql, the output of q_b, the rotated part and the absorbed part, each once to q_a's dtype.
     Refuses: the Triton backend takes bfloat16 and sizes that are multiples of 64; everything else is the reference's.
-    Graph-safe: yes; three launches (norm, q_b, absorption with rotation).
+    Graph-safe: yes; two launches (norm with q_b, absorption with rotation) on Hopper, three elsewhere.
     Bound: bytes of q_b[layer] (33.6 MB in FP8 at GLM's shape) and of W_UK[layer] (12.6 MB in bfloat16).
     Source: spec section 5.2.
     """
+    spec = _spec(q_a, q_b, w_uk, cos, eps, arithmetic)
+    args = (q_a, norm, q_b, w_uk, jnp.asarray(layer, jnp.int32), cos, sin)
+    return registry.call("mla_front", BACKENDS, spec, args, forced=backend)
+
+
+def query_and_write(
+    q_a: jax.Array,
+    norm: jax.Array,
+    q_b: Weight,
+    w_uk: jax.Array,
+    kv_a: jax.Array,
+    kv_norm: jax.Array,
+    cache: jax.Array,
+    layer: int | jax.Array,
+    slots: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    *,
+    eps: float,
+    arithmetic: str = "w8a16",
+    backend: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``query`` and ``latent_write.write`` together: what stands between the projections of x and the attention.
+
+    Computes: (ql, query) as ``query``; cache[layer, slots] as ``latent_write.write(kv_a, kv_norm, cache, ...)``.
+    Inputs: as for the two; eps is that of both norms.
+    Outputs: ql [rows, q_lora_rank]; query [rows, heads, kv_lora_rank + rope]; the cache, same shape.
+    Rounding points: those of the two. In place: the cache, under jit where it is donated. Graph-safe: yes; two launches.
+    Refuses: as the two; a latent that the absorbing kernel cannot write (not 512 + 64, or a float32 cache) is written by
+      ``latent_write`` in a launch of its own.
+    Bound: as ``query``. Source: spec sections 5.2 and 7.
+    """
+    spec = _spec(q_a, q_b, w_uk, cos, eps, arithmetic)
+    spec = dataclasses.replace(spec, cache_dtype=cache.dtype.name, pages=cache.shape[1])
+    args = (q_a, norm, q_b, w_uk, jnp.asarray(layer, jnp.int32), cos, sin, cache, (kv_a, kv_norm, slots))
+    return registry.call("mla_front", BACKENDS, spec, args, forced=backend)
+
+
+def _spec(q_a: jax.Array, q_b: Weight, w_uk: jax.Array, cos: jax.Array, eps: float, arithmetic: str) -> Spec:
     heads, nope, latent = w_uk.shape[1:]
-    spec = Spec(
+    return Spec(
         *(q_a.shape[0], heads, nope, 2 * cos.shape[-1], latent, q_a.shape[-1], w_uk.shape[0]),
         *(q_a.dtype.name, w_uk.dtype.name, isinstance(q_b, BlockScaled), float(eps), arithmetic),
     )
-    args = (q_a, norm, q_b, w_uk, jnp.asarray(layer, jnp.int32), cos, sin)
-    return registry.call("mla_front", BACKENDS, spec, args, forced=backend)
 
 
 def _triton_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
@@ -71,7 +109,7 @@ def _load_triton() -> Callable[..., Any]:
 def _load_reference() -> Callable[..., Any]:
     from pallas_kernels.mla_front import reference
 
-    return lambda spec, *args: reference.query(*args, eps=spec.eps, arithmetic=spec.arithmetic)
+    return reference.run
 
 
 BACKENDS = (

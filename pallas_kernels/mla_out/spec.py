@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.blocks import BlockScaled, to_e4m3
+from pallas_kernels.blocks import dequantize, random_blocks
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def tolerance(spec: Spec, backend: str) -> float:
 @functools.partial(jax.jit, static_argnums=0)
 def inputs(spec: Spec, key: jax.Array) -> tuple[Any, ...]:
     """(context, w_uv, o_proj, layer), normal, with scales that vary by block."""
-    kc, ku, ko, ks = jax.random.split(key, 4)
+    kc, ku, ko = jax.random.split(key, 3)
     context = jax.random.normal(kc, (spec.rows, spec.heads, spec.kv_lora_rank), jnp.float32).astype(spec.dtype)
     width = spec.heads * spec.v
 
@@ -67,16 +67,10 @@ def inputs(spec: Spec, key: jax.Array) -> tuple[Any, ...]:
         shape = (spec.heads, spec.v, spec.kv_lora_rank)
         return (0.04 * jax.random.normal(jax.random.fold_in(ku, i), shape, jnp.float32)).astype(spec.weight_dtype)
 
-    def o_proj_layer(i: jax.Array) -> jax.Array:
-        return to_e4m3(100.0 * jax.random.normal(jax.random.fold_in(ko, i), (spec.hidden, width), jnp.float32))
-
-    layers = jnp.arange(spec.layers, dtype=jnp.int32)
-    scale = 1e-4 * jax.random.uniform(
-        ks, (spec.layers, -(-spec.hidden // 128), -(-width // 128)), jnp.float32, 0.3, 3.0
-    )
-    o_proj: Any = BlockScaled(jax.lax.map(o_proj_layer, layers), scale)
+    o_proj: Any = random_blocks(ko, spec.layers, spec.hidden, width)
     if not spec.fp8:
-        o_proj = (1e-4 * jax.lax.map(o_proj_layer, layers).astype(jnp.float32)).astype(spec.dtype)
+        o_proj = dequantize(o_proj, jnp.dtype(spec.dtype))
+    layers = jnp.arange(spec.layers, dtype=jnp.int32)
     return context, jax.lax.map(w_uv_layer, layers), o_proj, jnp.zeros((), jnp.int32)
 
 

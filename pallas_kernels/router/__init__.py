@@ -2,21 +2,80 @@
 
 from __future__ import annotations
 
-import jax
+from collections.abc import Callable
+from typing import Any
 
-from pallas_kernels.router import reference
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import registry
+from pallas_kernels.arch import Arch
+from pallas_kernels.registry import Backend, Refusal
+from pallas_kernels.router.spec import Spec
+
+_MOST_EXPERTS = 1024
 
 
 def route(
-    x: jax.Array, gate: jax.Array, bias: jax.Array, layer: int | jax.Array, *, k: int, scale: float
+    x: jax.Array,
+    gate: jax.Array,
+    bias: jax.Array,
+    layer: int | jax.Array,
+    *,
+    k: int,
+    scale: float,
+    backend: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Chosen experts of each row and their weights.
 
     Computes: s = sigmoid(f32(x) @ f32(gate[layer]).T); ids = the k largest of s + bias[layer] (equal values: lower id);
       weights = s[ids] / (sum s[ids] + 1e-20) * scale.
-    Inputs: x [rows, hidden]; gate [moe layers, experts, hidden]; bias float32 [moe layers, experts]; k, scale: static.
-    Outputs: ids int32 [rows, k] by descending biased score; weights float32 [rows, k].
-    Rounding points: float32 throughout.
+    Inputs: x [rows, hidden]; gate [moe layers, experts, hidden]; bias float32 [moe layers, experts]; layer: static or traced
+      scalar; k, scale: static; backend: None chooses.
+    Outputs: ids int32 [rows, k] by descending biased score, always in range and distinct, also of a row that holds NaN; weights
+      float32 [rows, k].
+    Rounding points: float32 throughout. Two bfloat16 operands are multiplied exactly by the matrix units and summed in float32.
+    Refuses: the Triton backend takes bfloat16 or float32 x and gate, a hidden size that is a multiple of 128 and up to 1024
+      experts; everything else is the reference's. ValueError where k is not within 1 .. experts.
+    Graph-safe: yes; two launches (logits by slices of the hidden size, then the choice of each row).
+    Bound: bytes of gate[layer] once (3.1 MB in bfloat16 at GLM's shape).
     Source: spec section 5.5.
     """
-    return reference.route(x, gate, bias, layer, k, scale)
+    layers, experts, hidden = gate.shape
+    if x.ndim != 2 or x.shape[1] != hidden or bias.shape != (layers, experts):
+        raise ValueError(f"x {x.shape}, gate {gate.shape} and bias {bias.shape} must be [r, h], [l, e, h] and [l, e]")
+    if not 1 <= k <= experts:
+        raise ValueError(f"{k=} must be within 1 .. {experts=}")
+    spec = Spec(x.shape[0], hidden, experts, k, layers, x.dtype.name, gate.dtype.name, float(scale))
+    args = (x, gate, bias, jnp.asarray(layer, jnp.int32), None)
+    return registry.call("router", BACKENDS, spec, args, forced=backend)
+
+
+def _triton_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
+    if arch is None or arch.sm < 80:
+        return Refusal("needs an NVIDIA GPU of SM80 or newer")
+    if {spec.dtype, spec.gate_dtype} - {"bfloat16", "float32"}:
+        return Refusal(f"{spec.dtype} rows and {spec.gate_dtype} gate: the kernel takes bfloat16 and float32")
+    if spec.hidden % 128:
+        return Refusal(f"hidden {spec.hidden} must be a multiple of 128")
+    if spec.experts > _MOST_EXPERTS:
+        return Refusal(f"{spec.experts} experts: one program chooses among at most {_MOST_EXPERTS}")
+    return None
+
+
+def _load_triton() -> Callable[..., Any]:
+    from pallas_kernels.router import triton
+
+    return triton.run
+
+
+def _load_reference() -> Callable[..., Any]:
+    from pallas_kernels.router import reference
+
+    return reference.run
+
+
+BACKENDS = (
+    Backend("triton", _triton_supports, _load_triton, on_request="never run on a GPU"),
+    Backend("reference", lambda spec, arch: None, _load_reference),
+)

@@ -1,0 +1,127 @@
+"""Static sizes of the experts of one layer, the real shapes by name, and their inputs."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.blocks import BLOCK, E4M3, BlockScaled
+
+# Standard deviation of an e4m3 number whose bits are random.
+_E4M3_DEVIATION = 127.0
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One call; dtypes are numpy names, weights "float8_e4m3fn" for blocks.
+
+    experts: those in the arrays (a device's own). width, shared_width: of a routed and of the shared expert, which may be sliced
+    differently. distinct: experts that ``inputs`` lets the rows hit in all (each row hits k of them); no kernel reads it.
+    """
+
+    rows: int
+    k: int
+    experts: int
+    hidden: int
+    width: int
+    shared_width: int
+    layers: int
+    dtype: str = "bfloat16"
+    weights: str = "float8_e4m3fn"
+    arithmetic: str = "w8a16"
+    distinct: int = 0
+
+    @property
+    def pairs(self) -> int:
+        return self.rows * self.k
+
+    @property
+    def hit(self) -> int:
+        """Distinct experts that the rows of ``inputs`` choose."""
+        return min(self.pairs, self.distinct or self.experts)
+
+    def operand_bits(self) -> int:
+        return 8 if self.arithmetic == "w8a8" else 16
+
+    def flops(self) -> int:
+        return 2 * 3 * self.hidden * self.rows * (self.k * self.width + self.shared_width)
+
+    def bytes(self) -> int:
+        """Weights and scales of the experts hit and of the shared one, rows in and out, ids and weights, each once."""
+        size = jnp.dtype(self.weights.partition(" ")[0]).itemsize
+        numbers = 3 * self.hidden * (self.hit * self.width + self.shared_width)
+        scales = numbers // BLOCK**2 * 4 if size == 1 else 0
+        return numbers * size + scales + 2 * self.rows * self.hidden * jnp.dtype(self.dtype).itemsize + 8 * self.pairs
+
+
+CASES: dict[str, Spec] = {
+    # A quarter of the experts of a layer (2.4 GB): a row hits 8 of them, eight rows 57, as they do of 256 at random.
+    "ep4": Spec(1, 8, 64, 6144, 2048, 2048, 1, distinct=57),
+    "ep8_sliced_shared": Spec(1, 8, 32, 6144, 2048, 256, 1),
+    "tp8": Spec(1, 8, 256, 6144, 256, 256, 1, distinct=222),
+    "small": Spec(1, 4, 16, 512, 256, 256, 1),
+    "small_one_expert": Spec(1, 1, 16, 512, 256, 128, 1, distinct=1),
+}
+# Both round the SwiGLU product and the result once to bfloat16 (1.7e-3 each); a middle of the first may fall the other way.
+TOLERANCE: dict[str, float] = {"triton": 4e-3}
+# For compute-sanitizer.
+SMALL: dict[str, dict[str, Any]] = {"small": {"hidden": 256, "width": 128}, "small_one_expert": {"hidden": 256}}
+RIVALS: dict[str, dict[str, dict[int, float]]] = {"ep4": {"target": {1: 95.0, 8: 696.0}}, "tp8": {"target": {1: 15.0}}}
+
+
+def inputs(spec: Spec, key: jax.Array) -> tuple[Any, ...]:
+    """(x, ids, weights, gate_up, down, shared_gate_up, shared_down, layer, None), made on the device an expert at a time.
+
+    The rows hit exactly ``spec.hit`` experts. Weights are e4m3 of all finite values, with scales that give outputs near 1.
+    """
+    return _inputs(spec, key)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _inputs(spec: Spec, key: jax.Array) -> tuple[Any, ...]:
+    kx, ki, kw, kg, kd, ks, kt = jax.random.split(key, 7)
+    x = jax.random.normal(kx, (spec.rows, spec.hidden), jnp.float32).astype(spec.dtype)
+    pool = max(spec.k, spec.distinct or spec.experts)
+    # Pair p goes to the (p mod pool)-th expert of a random order: k within the pool are distinct in a row.
+    order = jax.random.permutation(ki, spec.experts)[:pool]
+    ids = order[jnp.arange(spec.pairs, dtype=jnp.int32) % pool].reshape(spec.rows, spec.k).astype(jnp.int32)
+    weights = jax.random.uniform(kw, ids.shape, jnp.float32, 0.1, 0.6)
+    many = (spec.layers, spec.experts)
+    return (
+        *(x, ids, weights),
+        _stack(spec, kg, many, (2, spec.width, spec.hidden)),
+        _stack(spec, kd, many, (spec.hidden, spec.width)),
+        _stack(spec, ks, (spec.layers,), (2, spec.shared_width, spec.hidden)),
+        _stack(spec, kt, (spec.layers,), (spec.hidden, spec.shared_width)),
+        *(jnp.zeros((), jnp.int32), None),
+    )
+
+
+def _stack(spec: Spec, key: jax.Array, stack: tuple[int, ...], shape: tuple[int, ...]) -> Any:
+    """[*stack, *shape], a matrix at a time: numbers of a whole stack would fill a GPU several times over."""
+    count, deviation = functools.reduce(int.__mul__, stack), shape[-1] ** -0.5
+
+    def floats(i: jax.Array) -> jax.Array:
+        return (jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32) * deviation).astype(spec.weights)
+
+    def blocks(i: jax.Array) -> jax.Array:
+        # Bit 0 is cleared: the NaN of e4m3fn has all of the lower seven bits set.
+        bits = jax.random.bits(jax.random.fold_in(key, i), shape, jnp.uint8) & jnp.uint8(0xFE)
+        return jax.lax.bitcast_convert_type(bits, E4M3)
+
+    scaled = spec.weights == "float8_e4m3fn"
+    data = jax.lax.map(blocks if scaled else floats, jnp.arange(count, dtype=jnp.int32)).reshape(*stack, *shape)
+    if not scaled:
+        return data
+    grid = (*stack, *shape[:-2], -(-shape[-2] // BLOCK), -(-shape[-1] // BLOCK))
+    return BlockScaled(data, jax.random.uniform(key, grid, jnp.float32, 0.5, 1.5) * (deviation / _E4M3_DEVIATION))
+
+
+def advance(spec: Spec, args: tuple[Any, ...], out: jax.Array, i: int) -> tuple[Any, ...]:
+    """The next layer of the stack; the output before becomes an operand that is not read, so that calls stay in order."""
+    *kept, _, _ = args
+    return *kept, jnp.asarray(i % spec.layers, jnp.int32), out

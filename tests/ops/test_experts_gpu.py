@@ -1,0 +1,86 @@
+"""The experts on a GPU: hostile choices, long inputs, offsets beyond 2^31. The plain cases are in test_backends_gpu."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.blocks import BlockScaled, take
+from pallas_kernels.compare import rel_l2
+from pallas_kernels.experts import mix
+from pallas_kernels.experts.spec import CASES, Spec, inputs
+
+pytestmark = pytest.mark.gpu
+SMALL = dataclasses.replace(CASES["small"], layers=2)
+# Few numbers of rows, shared by the tests, so that little is compiled.
+ROWS = (1, 17, 65)
+RUN = jax.jit(mix, static_argnames="backend")
+
+
+def made(spec: Spec, seed: int = 0) -> tuple[Any, ...]:
+    """(x, ids, weights, gate_up, down, shared_gate_up, shared_down)."""
+    return inputs(spec, jax.random.key(seed))[:7]
+
+
+def run(args: tuple[Any, ...], layer: int = 1, backend: str = "triton") -> np.ndarray:
+    """The result as float32."""
+    return np.asarray(RUN(*args, jnp.int32(layer), backend=backend).astype(jnp.float32))
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("how", ["one expert", "none", "random with holes and repeats", "first and last"])
+def test_hostile_choices(how: str, rows: int) -> None:
+    x, ids, weights, *stacks = made(dataclasses.replace(SMALL, rows=rows), rows)
+    random = np.random.default_rng(rows).integers(-3, SMALL.experts + 2, ids.shape)
+    chosen = {
+        "one expert": np.full(ids.shape, SMALL.experts - 1),
+        "none": np.full(ids.shape, -1),
+        "random with holes and repeats": random,
+        "first and last": np.where(random % 2 == 0, 0, SMALL.experts - 1),
+    }[how].astype(np.int32)
+    placed = (chosen >= 0) & (chosen < SMALL.experts)
+    given = np.where(placed, np.asarray(weights), np.nan).astype(np.float32)
+    given[0, 0] = 0.0 if placed[0, 0] else np.nan
+    got = run((x, jnp.asarray(chosen), jnp.asarray(given), *stacks))
+    want = run((x, jnp.asarray(chosen), jnp.asarray(np.nan_to_num(given)), *stacks), backend="reference")
+    assert rel_l2(got, want) < 4e-3
+
+
+@pytest.mark.parametrize("rows", ROWS[1:])
+def test_a_row_of_nan_does_not_leak(rows: int) -> None:
+    x, *rest = made(dataclasses.replace(SMALL, rows=rows))
+    got, clean = run((x.at[1].set(jnp.nan), *rest)), run((x, *rest))
+    others = np.arange(rows) != 1
+    assert np.isnan(got[1]).all()
+    np.testing.assert_array_equal(got[others], clean[others])
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_an_expert_reaches_only_rows_that_chose_it(rows: int) -> None:
+    x, ids, weights, gate_up, *rest = made(dataclasses.replace(SMALL, rows=rows))
+    ids = jnp.where(ids == 3, 4, ids).at[0, 0].set(3)
+    got = run((x, ids, weights, BlockScaled(gate_up.data, gate_up.scale.at[:, 3].set(jnp.nan)), *rest))
+    clean = run((x, ids, weights, gate_up, *rest))
+    assert np.isnan(got[0]).all()
+    np.testing.assert_array_equal(got[1:], clean[1:])
+
+
+@pytest.mark.parametrize("case", ["ep4", "tp8"])
+def test_many_rows_at_the_real_sizes(case: str) -> None:
+    args = made(dataclasses.replace(CASES[case], rows=300))
+    assert rel_l2(run(args, 0), run(args, 0, "reference")) < 4e-3
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """The third layer of 64 experts starts at element 3.2e9 of gate_up; its matrices alone must give the same bits."""
+    spec = dataclasses.replace(CASES["ep4"], rows=2, layers=3)
+    x, ids, weights, *stacks = made(spec)
+    assert 2 * spec.experts * 2 * spec.width * spec.hidden > 2**31
+    whole = run((x, ids, weights, *stacks), 2)
+    alone = run((x, ids, weights, *(take(w, (slice(2, 3),)) for w in stacks)), 0)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(whole, alone)

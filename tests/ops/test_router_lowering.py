@@ -1,0 +1,67 @@
+"""The router without a GPU: choices, counts, refusals, and its kernels compiled for more rows."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import arch, lowering, registry, router
+from pallas_kernels.router.spec import CASES, Spec, inputs
+
+H200 = arch.by_name("H200-141")
+GPUS = ["A100-80", "H200-141", "B200-180", "RTX PRO 6000"]
+
+
+@pytest.mark.needs_triton
+@pytest.mark.parametrize("rows", [8, 512])
+@pytest.mark.parametrize("gpu", GPUS)
+def test_triton_compiles(gpu: str, rows: int) -> None:
+    for case in ("glm", "glm_f32_gate"):
+        spec = dataclasses.replace(CASES[case], rows=rows)
+        args = jax.eval_shape(lambda spec=spec: inputs(spec, jax.random.key(0)))
+        backend = next(b for b in router.BACKENDS if b.name == "triton")
+        text = lowering.lower_for_cuda(lambda *a, s=spec, b=backend: b.load()(s, *a), *args, arch=arch.by_name(gpu))
+        assert text.count("triton_kernel_call") == 2
+
+
+def changed(**changes: object) -> Spec:
+    return dataclasses.replace(CASES["glm"], **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        (changed(dtype="float16"), "float16 rows"),
+        (changed(gate_dtype="float8_e4m3fn"), "float8_e4m3fn gate"),
+        (changed(hidden=6100), "hidden 6100"),
+        (changed(experts=2048), "2048 experts"),
+    ],
+)
+def test_refusals_name_the_number(spec: Spec, words: str) -> None:
+    choice = registry.resolve("router", router.BACKENDS, spec, H200)
+    assert choice.backend == "reference" and words in choice.reason
+
+
+def test_who_serves_what() -> None:
+    for spec in CASES.values():
+        for gpu in GPUS:
+            assert registry.resolve("router", router.BACKENDS, spec, arch.by_name(gpu), "triton").backend == "triton"
+        assert registry.resolve("router", router.BACKENDS, spec, None).backend == "reference"
+
+
+def test_bytes_of_the_real_shape() -> None:
+    assert CASES["glm"].bytes() == 256 * (6144 * 2 + 4) + 6144 * 2 + 8 * 8
+
+
+@pytest.mark.parametrize("k", [0, 9])
+def test_k_must_be_possible(k: int) -> None:
+    with pytest.raises(ValueError, match=f"k={k} must be within 1 .. experts=8"):
+        router.route(jnp.zeros((2, 16)), jnp.zeros((1, 8, 16)), jnp.zeros((1, 8)), 0, k=k, scale=1.0)
+
+
+def test_shapes_must_match() -> None:
+    with pytest.raises(ValueError, match=r"\(2, 15\)"):
+        router.route(jnp.zeros((2, 15)), jnp.zeros((1, 8, 16)), jnp.zeros((1, 8)), 0, k=2, scale=1.0)
