@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from pallas_kernels.sample_logits import sample_logits
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -67,24 +69,13 @@ def sampling_state(sampling: Sampling, batch: int) -> SamplingState:
 
 
 def sample(logits: jax.Array, state: SamplingState, positions: jax.Array) -> jax.Array:
-    """Next tokens int32 [batch] from logits float32 [batch, vocab]; positions int32 [batch] number the draws."""
-    return jax.vmap(_sample_one)(logits.astype(jnp.float32), state, positions)
+    """Next tokens int32 [batch] from logits [batch, vocab]; positions int32 [batch] number the draws."""
+    return sample_flagged(logits, state, positions)[0]
 
 
-def _sample_one(logits: jax.Array, state: SamplingState, position: jax.Array) -> jax.Array:
-    greedy = jnp.argmax(logits).astype(jnp.int32)
-    # The largest becomes 0, so that no temperature overflows; -0.0, which lax.top_k would rank below 0.0, becomes 0.0.
-    peak = jnp.max(logits)
-    shifted = logits - jnp.where(jnp.isfinite(peak), peak, 0.0)
-    scaled = jnp.where(shifted == 0, 0.0, shifted / jnp.where(state.temperature > 0, state.temperature, 1.0))
-    # Equal logits go to the lower token.
-    ranked, order = jax.lax.top_k(scaled, scaled.shape[0])
-    rank = jnp.arange(ranked.shape[0], dtype=jnp.int32)
-    keep = (state.top_k == 0) | (rank < state.top_k)
-    probability = jax.nn.softmax(jnp.where(keep, ranked, -jnp.inf))
-    # The token that crosses top_p is kept: what counts is the mass before it. A float32 sum reaches 1 before the tail does.
-    keep &= (jnp.cumsum(probability) - probability < state.top_p) | (rank == 0) | (state.top_p >= 1)
-    keep &= probability >= state.min_p * probability[0]
-    noise = jax.random.gumbel(jax.random.fold_in(state.key, position), ranked.shape, jnp.float32)
-    drawn = order[jnp.argmax(jnp.where(keep, ranked + noise, -jnp.inf))].astype(jnp.int32)
-    return jnp.where(state.temperature > 0, drawn, greedy)
+def sample_flagged(logits: jax.Array, state: SamplingState, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``sample`` and int32 [batch] that says which rows hold NaN, infinity or nothing to draw from (see ``sample_logits``)."""
+    if logits.dtype != jnp.bfloat16:
+        logits = logits.astype(jnp.float32)
+    parameters = (state.temperature, state.top_k, state.top_p, state.min_p, jax.random.key_data(state.key))
+    return sample_logits(logits, *parameters, positions)

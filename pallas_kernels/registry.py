@@ -77,7 +77,7 @@ class Backend:
 class Choice:
     """The decision for one call: which backend, and why that one.
 
-    spec: the call's. inside: the operation whose kernel made this call, "" where the model did: what it moves is part of that one's.
+    spec: the call's. inside: the operation whose kernel made this call (what it moves is part of that one's), or "".
     """
 
     operation: str
