@@ -1,4 +1,4 @@
-"""The command line: ``python -m bench list | verify | run | compare | sweep | layer | indexer | report``."""
+"""The command line: ``python -m bench list | verify | run | compare | sweep | layer | indexer | step | report``."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 
 import jax
 
-from bench import indexer, layer, readme, records, report, run
+from bench import indexer, layer, readme, records, report, run, step_command
 from bench.check import WrongResult, checked
 from bench.operations import ROWS, Operation, discover, packages, select
 from bench.prepare import Share, run_workers
 from bench.session import Session
+from glm52_jax import compile_cache
 from pallas_kernels.arch import Arch
 from pallas_kernels.lowering import default_arch
 
@@ -140,6 +141,14 @@ def indexer_command(options: argparse.Namespace) -> int:
     return session.status()
 
 
+def whole_step_command(options: argparse.Namespace) -> int:
+    """The whole decode step: real shapes, synthetic weights made on the device; see bench/step.py for what each figure is."""
+    step_command.reserve_memory()
+    arch = run.require_gpu(default_arch(), "step")
+    compile_cache.enable()  # Before anything is compiled: JAX looks once.
+    return step_command.run(options, Session(arch, options.results))
+
+
 def compare_command(options: argparse.Namespace) -> int:
     """Two cases or backends interleaved in one process."""
     operations, arch = discover(), run.require_gpu(default_arch(), "compare")
@@ -222,6 +231,7 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--arithmetic", default="w8a16", help="of the FP8 projections (default %(default)s)")
     search.add_argument("--ways", default=",".join(indexer.WAYS), help="default %(default)s")
     search.add_argument("--rounds", type=int, default=7, help="rounds whose median is taken (default %(default)s)")
+    step_command.add_options(add("step", whole_step_command, "time the whole decode step (needs a GPU)"))
     reporting = add("report", report_command, "write tables and plots from the records")
     reporting.add_argument("--readme", metavar="GPU", help="write this GPU's figures into README.md too, such as h200")
     for command in (verify, timed, compare, sweep, whole, search):

@@ -22,6 +22,7 @@ from glm52_jax.config import Config
 from glm52_jax.loader import Progress, Storage, load_weights
 from glm52_jax.model import Taps
 from glm52_jax.plan import Plan
+from glm52_jax.program import BUCKETS, DecodeProgram, bucket
 from glm52_jax.sampling import Sampling, sampling_state
 from glm52_jax.weights import Weights
 from pallas_kernels.blocks import BlockScaled
@@ -162,12 +163,9 @@ class Model:
     def _stream(
         self, batch: list[np.ndarray], max_new_tokens: int, sampling: Sampling, stops: frozenset[int]
     ) -> Iterator[Token]:
-        state = self._prefill(batch, max_new_tokens, sampling)
         live = set(range(len(batch)))
-        for step in range(max_new_tokens):
-            if step:
-                state = decode.decode_step(self.weights, state, config=self.config, plan=self.plan)
-            drawn = np.asarray(state.tokens)
+        # On a GPU some later steps are under way when a stop is seen; what they draw is never looked at.
+        for step, drawn in enumerate(self._drawn(batch, max_new_tokens, sampling)):
             for sequence in sorted(live):
                 token = int(drawn[sequence])
                 finished = token in stops or step + 1 == max_new_tokens
@@ -177,13 +175,32 @@ class Model:
             if not live:
                 return
 
+    def _drawn(self, batch: list[np.ndarray], max_new_tokens: int, sampling: Sampling) -> Iterator[np.ndarray]:
+        """Tokens of each step, int32 [at least the batch]."""
+        config, plan = self.config, self.plan
+        if self._on_gpu():
+            # Empty sequences fill the smallest of the batches that programs are compiled for.
+            rows = several.sequences(bucket(len(batch)) if len(batch) <= BUCKETS[-1] else len(batch), plan)
+            batch = batch + [np.zeros(0, np.int32)] * (rows - len(batch))
+            # Compiled before anything runs: loading an executable evicts the recorded graphs of others.
+            made = DecodeProgram(self.weights, config, plan, rows, _pages(batch, max_new_tokens))
+            yield from made.tokens(made.adopt(self._prefill(batch, max_new_tokens, sampling)), max_new_tokens - 1)
+            return
+        state = self._prefill(batch, max_new_tokens, sampling)
+        yield np.asarray(state.tokens)
+        for _ in range(max_new_tokens - 1):
+            state = decode.decode_step(self.weights, state, config=config, plan=plan)
+            yield np.asarray(state.tokens)
+
+    def _on_gpu(self) -> bool:
+        return next(iter(self.weights.embed.devices())).platform == "gpu"
+
     def _prefill(self, batch: list[np.ndarray], max_new_tokens: int, sampling: Sampling) -> decode.DecodeState:
         config, plan = self.config, self.plan
         batch = batch + [np.zeros(0, np.int32)] * (several.sequences(len(batch), plan) - len(batch))
         lengths = np.array([len(ids) for ids in batch], np.int32)
         longest = int(lengths.max())
-        # A power of two of pages: nearby lengths share one compiled program.
-        pages = _power_of_two(-(-(longest + max_new_tokens) // PAGE))
+        pages = _pages(batch, max_new_tokens)
         last = jnp.zeros((len(batch), config.hidden_size), plan.activation)
         each = (_table(len(batch), pages, plan), last, jnp.asarray(lengths), sampling_state(sampling, len(batch)))
         table, last, positions, draws = several.place(each, plan, several.batch_spec(plan))
@@ -291,6 +308,11 @@ def _checked(ids: object, vocab: int, name: str) -> np.ndarray:
     if outside.size:
         raise ValueError(f"{name} holds {int(outside[0])}, outside 0..{vocab - 1}")
     return array.astype(np.int32)
+
+
+def _pages(batch: list[np.ndarray], max_new_tokens: int) -> int:
+    """Of each sequence's block table: a power of two, so that nearby lengths share one compiled program."""
+    return _power_of_two(-(-(max(map(len, batch)) + max_new_tokens) // PAGE))
 
 
 def _power_of_two(n: int) -> int:

@@ -1,4 +1,4 @@
-"""The ``glm52`` command: generate, score, inspect, make-tiny; one file a command.
+"""The ``glm52`` command: generate, score, inspect, plan, make-tiny; one file a command.
 
 JAX and everything that needs it is imported inside the commands: ``glm52 --help`` and ``glm52 inspect`` start at once
 and need no JAX.

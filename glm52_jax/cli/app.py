@@ -14,6 +14,7 @@ from glm52_jax.cli.common import CliError
 from glm52_jax.cli.generate import generate
 from glm52_jax.cli.inspect import inspect
 from glm52_jax.cli.make_tiny import make_tiny
+from glm52_jax.cli.plan import plan
 from glm52_jax.cli.score import score
 
 USAGE_ERROR, INTERRUPTED = 2, 130
@@ -36,6 +37,7 @@ app = typer.Typer(name="glm52", no_args_is_help=True, add_completion=False, pret
 app.command()(generate)
 app.command()(score)
 app.command()(inspect)
+app.command()(plan)
 app.command()(make_tiny)
 
 

@@ -40,8 +40,15 @@ class CliError(Exception):
 
 def load_model(directory: Path, several: Several, **options: Any) -> Model:
     """``glm52_jax.load`` with a progress bar on stderr (when that is a terminal). CliError for options it refuses."""
-    import glm52_jax
+    import jax
 
+    import glm52_jax
+    from glm52_jax import compile_cache
+
+    if (
+        jax.default_backend() == "gpu"
+    ):  # On CPUs compiled code is bound to the machine, and is made faster than it is read.
+        compile_cache.enable()
     with _progress() as report, refusals():
         return glm52_jax.load(directory, progress=report, **options, **several.load_options())
 

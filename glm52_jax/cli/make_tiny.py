@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from glm52_jax.cli.common import CliError, note
+from glm52_jax.compile_cache import cache_root
 
 StoredWeights = Literal["bfloat16", "float32", "fp8"]
 # What a checkpoint directory of ours may hold; --force removes these and nothing else.
@@ -94,14 +95,6 @@ def cached_tiny() -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return final
-
-
-def cache_root() -> Path:
-    """$XDG_CACHE_HOME/glm52_jax, else ~/.cache/glm52_jax."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    # The XDG rules: a relative path there is to be ignored.
-    root = Path(base) if base and os.path.isabs(base) else Path(os.path.expanduser("~")) / ".cache"
-    return root / "glm52_jax"
 
 
 def _content_key(config: dict[str, Any]) -> str:

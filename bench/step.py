@@ -1,0 +1,236 @@
+"""The whole decode step, timed: the executable that ``generate`` runs, at real shapes with synthetic weights.
+
+How, for each figure:
+  step       ``program.step`` queued again and again, waited for once a round: the median over rounds, as ``bench.timing`` does it.
+             Positions go back to the context before each round, in place.
+  p50, p99   between the arrivals of tokens at a host that reads them two steps late, which is what a user sees.
+  dispatch   what one ``step`` and the start of its token's copy take on the host's thread, median.
+  bound      bytes of the operations' specs over the measured copy bandwidth: every weight of the actual layout once, of the
+             routed experts as many as random choices are expected to hit, and the caches. ``step_model`` says why that is so.
+  stages     ``bench.step_stages``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from bench import timing
+from bench.step_model import StepSpec, make_state, make_weights, rewound
+from glm52_jax.program import DecodeProgram, State
+from glm52_jax.weights import Weights
+from pallas_kernels import experts
+from pallas_kernels.registry import Choice
+
+# Steps that the host is behind when it reads a token.
+LAG = 2
+_WARM_UP = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One figure. us: a step, spread: (slowest - fastest round) / us; p50_us, p99_us, dispatch_us: see above.
+
+    bytes: of one step and device; bound_us: over the copy bandwidth; tokens_s: of all sequences; compile_s: tracing and compiling;
+    backends: operation -> backends that served it; stages_us: stage -> microseconds, adding up to us, {} where not asked for.
+    """
+
+    case: str
+    rows: int
+    context: int
+    us: float
+    spread: float
+    p50_us: float
+    p99_us: float
+    dispatch_us: float
+    tokens_s: float
+    bytes: int
+    bound_us: float
+    percent_of_bound: float
+    experts_hit: float
+    compile_s: float
+    backends: dict[str, str]
+    stages_us: dict[str, float]
+    run: str = ""
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        return (self.case, self.rows, self.context)
+
+
+class Steps(timing.Repeat):
+    """A program's steps as something to time: each round begins at the spec's context."""
+
+    def __init__(self, spec: StepSpec, program: DecodeProgram, state: State) -> None:
+        super().__init__(program.step, state, 1)
+        self.spec, self.program = spec, program
+
+    @property
+    def state(self) -> State:
+        """Where the last round ended."""
+        return self._state
+
+    @state.setter
+    def state(self, state: State) -> None:
+        self._state = state
+
+    def run(self, steps: int) -> float:
+        state = self._begin(steps)
+        start = time.perf_counter()
+        for _ in range(steps):
+            state = self.program.step(state)
+        jax.block_until_ready(state.arrays.tokens)
+        elapsed = time.perf_counter() - start
+        self._state = state
+        return elapsed
+
+    def warm_up(self, round_seconds: float = 0.1) -> None:
+        super().warm_up(round_seconds)
+        self.in_flight = min(self.in_flight, self.spec.room)
+
+    def paced(self, steps: int) -> tuple[list[float], list[float]]:
+        """Microseconds between arrivals of tokens, and of queueing a step, while the host reads ``LAG`` steps late."""
+        state = self._begin(steps)
+        arrivals, queueing, waiting = [], [], deque[jax.Array]()
+        for _ in range(steps):
+            start = time.perf_counter()
+            state = self.program.step(state)
+            waiting.append(self.program.copied(state))
+            queueing.append((time.perf_counter() - start) * 1e6)
+            if len(waiting) > LAG:
+                np.asarray(waiting.popleft())
+                arrivals.append(time.perf_counter() * 1e6)
+        jax.block_until_ready(state.arrays.tokens)
+        self._state = state
+        # The first arrivals wait for a queue that is still filling.
+        return list(np.diff(arrivals[LAG:])), queueing[LAG:]
+
+    def _begin(self, steps: int) -> State:
+        if steps > self.spec.room:
+            raise ValueError(f"{steps=} do not fit behind {self.spec.context} tokens: {self.spec.room=}")
+        arrays = self.program.release(self._state)
+        positions = rewound(arrays.positions, self.spec.context)
+        jax.block_until_ready(positions)
+        return self.program.adopt(arrays.replace(positions=positions))  # type: ignore[attr-defined]
+
+
+def moved_bytes(spec: StepSpec, choices: Sequence[Choice]) -> int:
+    """Bytes that a step must move on one device, summed over the calls of its trace."""
+    total = 0
+    for choice in choices:
+        call = choice.spec
+        if choice.inside or not hasattr(call, "bytes"):
+            continue  # Part of the call around it, or an exchange, which moves next to nothing through memory.
+        if isinstance(call, experts.Spec):
+            call = dataclasses.replace(call, distinct=max(1, round(spec.experts_hit())))
+        total += call.bytes()
+    return total
+
+
+def backends(choices: Sequence[Choice]) -> dict[str, str]:
+    """Operation -> its backends, in the order of their first calls."""
+    found: dict[str, dict[str, None]] = {}
+    for choice in choices:
+        found.setdefault(choice.operation, {})[choice.backend] = None
+    return {operation: ", ".join(names) for operation, names in found.items()}
+
+
+@dataclasses.dataclass
+class Prepared:
+    """A spec's program in the middle of its sequences."""
+
+    spec: StepSpec
+    steps: Steps
+    compile_s: float
+
+
+def prepare(spec: StepSpec, weights: Weights, dump: Any = None) -> Prepared:
+    """Compiles a spec's program and fills its caches."""
+    start = time.perf_counter()
+    program = DecodeProgram(weights, spec.config, spec.plan, spec.rows, spec.pages, dump=dump)
+    compile_s = time.perf_counter() - start
+    return Prepared(spec, Steps(spec, program, make_state(program, spec.context)), compile_s)
+
+
+def result(prepared: Prepared, taken: timing.Timing, copy: float, stages_us: dict[str, float], run: str = "") -> Step:
+    """The figure of a timing; copy: bytes/s. Paces the program's steps for the percentiles."""
+    spec, steps = prepared.spec, prepared.steps
+    between, queueing = steps.paced(spec.room)
+    nbytes = moved_bytes(spec, steps.program.choices)
+    bound = nbytes / copy * 1e6
+    p50, p99 = (float(np.percentile(between, q)) for q in (50, 99))
+    return Step(
+        case=spec.name, rows=spec.rows, context=spec.context, us=round(taken.microseconds, 2),
+        spread=round(taken.spread, 4), p50_us=round(p50, 2), p99_us=round(p99, 2),
+        dispatch_us=round(statistics.median(queueing), 2), tokens_s=round(spec.rows / taken.microseconds * 1e6, 1),
+        bytes=nbytes, bound_us=round(bound, 2), percent_of_bound=round(100 * bound / taken.microseconds, 1),
+        experts_hit=round(spec.experts_hit(), 1), compile_s=round(prepared.compile_s, 1),
+        backends=backends(steps.program.choices), stages_us=stages_us, run=run,
+    )  # fmt: skip
+
+
+def sweep(
+    base: StepSpec,
+    batches: Sequence[int],
+    contexts: Sequence[int],
+    copy: float,
+    *,
+    rounds: int = 7,
+    stages: bool = False,
+    run: str = "",
+    say: Callable[[str], None] = print,
+    keep: Callable[[Step], None] = lambda figure: None,
+) -> list[Step]:
+    """Figures of every batch and context with the same weights; ``keep`` gets each as it comes. stages: split the step too."""
+    from bench import step_stages
+
+    weights = make_weights(base.shapes())
+    figures = []
+    for rows in batches:
+        for context in contexts:
+            prepared = prepare(dataclasses.replace(base, rows=rows, context=context), weights)
+            (taken,) = timing.measure([prepared.steps], rounds)
+            split = step_stages.split(prepared, taken.microseconds, rounds) if stages else {}
+            figure = result(prepared, taken, copy, split, run)
+            say(line(figure))
+            keep(figure)
+            figures.append(figure)
+            del prepared
+            gc.collect()  # Caches of the last case: two do not always fit.
+    return figures
+
+
+def compare(
+    first: StepSpec, second: StepSpec, copy: float, rounds: int = 7, say: Callable[[str], None] = print
+) -> tuple[Step, Step]:
+    """Two plans of one model interleaved, round by round, on the same weights; ValueError where they need different ones."""
+    shapes = [jax.tree.map(lambda a: (a.shape, a.dtype), spec.shapes()) for spec in (first, second)]
+    if shapes[0] != shapes[1] or first.plan.parallel != second.plan.parallel:
+        raise ValueError(f"{first.name} and {second.name} do not share their weights: compare plans of one model")
+    weights = make_weights(first.shapes())
+    prepared = [prepare(spec, weights) for spec in (first, second)]
+    taken = timing.measure([one.steps for one in prepared], rounds)
+    a, b = (result(one, one_taken, copy, {}) for one, one_taken in zip(prepared, taken, strict=True))
+    for figure in (a, b):
+        say(line(figure))
+    say(f"second / first: {b.us / a.us:.4f}")
+    return a, b
+
+
+def line(figure: Step) -> str:
+    """One line for a person."""
+    split = "".join(f"\n    {name:16} {us / 1e3:8.3f} ms" for name, us in figure.stages_us.items())
+    return (
+        f"{figure.case}, batch {figure.rows}, context {figure.context}: {figure.us / 1e3:.3f} ms "
+        f"+-{100 * figure.spread:.1f}%, p50 {figure.p50_us / 1e3:.3f}, p99 {figure.p99_us / 1e3:.3f}, "
+        f"{figure.tokens_s:.0f} tok/s, bound {figure.bound_us / 1e3:.3f} ms ({figure.percent_of_bound:.0f} %), "
+        f"dispatch {figure.dispatch_us:.0f} us, compiled in {figure.compile_s:.0f} s{split}"
+    )
