@@ -11,8 +11,9 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import jax
 
@@ -61,6 +62,53 @@ class Record:
     @property
     def key(self) -> tuple[str, str, str, int]:
         return (self.operation, self.case, self.backend, self.rows)
+
+
+class Keyed(Protocol):
+    """A figure that a file holds, a dataclass: ``key`` says which older one it replaces, ``run`` where it was measured."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def key(self) -> Any: ...
+    @property
+    def run(self) -> str: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class FigureFile[Figure: Keyed]:
+    """A kind of JSON file: figures in a list ``name``, the environments of their runs beside it. called: what errors say."""
+
+    name: str
+    figure: type[Figure]
+    called: str
+
+    def read(self, path: Path) -> tuple[dict[str, Any], list[Figure]]:
+        """(environments by run, figures); ValueError names a file of another kind."""
+        try:
+            content = json.loads(path.read_text())
+            return content["runs"], [self.figure(**figure) for figure in content[self.name]]
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"{path} holds no {self.called} of this version: {error!r}. Remove it and run again"
+            ) from error
+
+    def merge(self, path: Path, figures: Sequence[Figure], run_environment: dict[str, Any]) -> Path:
+        """Adds figures, each in place of the older one of its key; an environment leaves with its last figure."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        runs, old = self.read(path) if path.exists() else ({}, [])
+        merged = {figure.key: figure for figure in [*old, *figures]}
+        runs |= {figure.run: run_environment for figure in figures}
+        kept = sorted(merged.values(), key=lambda figure: figure.key)
+        content = {
+            "runs": {run: runs[run] for run in sorted({figure.run for figure in kept})},
+            self.name: [dataclasses.asdict(figure) for figure in kept],
+        }
+        path.write_text(json.dumps(content, indent=1) + "\n")
+        return path
+
+
+FILE = FigureFile("records", Record, "bench records")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,33 +194,12 @@ def gpu_folder(arch: Arch | None) -> str:
 
 def save(folder: Path, records: list[Record], run_environment: dict[str, Any]) -> list[Path]:
     """Merges records into ``folder/<operation>.json``: a new figure replaces the old one of its case, backend and rows."""
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for operation in sorted({record.operation for record in records}):
-        path = folder / f"{operation}.json"
-        runs, old = read(path) if path.exists() else ({}, [])
-        merged = {record.key: record for record in old}
-        for record in records:
-            if record.operation == operation:
-                merged[record.key] = record
-                runs[record.run] = run_environment
-        kept = sorted(merged.values(), key=lambda record: record.key)
-        used = {record.run for record in kept}
-        content = {
-            "runs": {run: runs[run] for run in sorted(used)},
-            "records": [dataclasses.asdict(record) for record in kept],
-        }
-        path.write_text(json.dumps(content, indent=1) + "\n")
-        written.append(path)
-    return written
+    return [
+        FILE.merge(folder / f"{operation}.json", [r for r in records if r.operation == operation], run_environment)
+        for operation in sorted({record.operation for record in records})
+    ]
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[Record]]:
     """Returns (environments by run, records) of one file; ValueError names a file that is not one of ours."""
-    try:
-        content = json.loads(path.read_text())
-        return content["runs"], [Record(**record) for record in content["records"]]
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path} holds no bench records of this version: {error!r}. Remove it and run again"
-        ) from error
+    return FILE.read(path)

@@ -32,7 +32,6 @@ from pallas_kernels.registry import Choice
 
 # Steps that the host is behind when it reads a token.
 LAG = 2
-_WARM_UP = 4
 
 
 @dataclasses.dataclass(frozen=True)

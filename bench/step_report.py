@@ -2,43 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.records import FigureFile
 from bench.step import Step
 
 # A folder of its own: ``bench.report`` reads every JSON file of a GPU's folder as records of operations.
 FOLDER, FILE, _PICTURE = "step", "step.json", "step.png"
+_STEPS = FigureFile("steps", Step, "whole-step figures")
 
 
 def save(folder: Path, figures: Sequence[Step], environment: dict[str, Any]) -> Path:
     """Merges figures into ``folder/step/step.json``: a new one replaces the old one of its case, batch and context."""
-    path = folder / FOLDER / FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    runs, old = read(path) if path.exists() else ({}, [])
-    merged = {figure.key: figure for figure in old} | {figure.key: figure for figure in figures}
-    runs |= {figure.run: environment for figure in figures}
-    kept = sorted(merged.values(), key=lambda figure: figure.key)
-    content = {
-        "runs": {run: runs[run] for run in sorted({figure.run for figure in kept})},
-        "steps": [dataclasses.asdict(figure) for figure in kept],
-    }
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    return path
+    return _STEPS.merge(folder / FOLDER / FILE, figures, environment)
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[Step]]:
     """(environments by run, figures) of a file; ValueError names one that is not ours."""
-    try:
-        content = json.loads(path.read_text())
-        return content["runs"], [Step(**figure) for figure in content["steps"]]
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path} holds no whole-step figures of this version: {error!r}. Remove it and run again"
-        ) from error
+    return _STEPS.read(path)
 
 
 def table(figures: Iterable[Step]) -> list[str]:

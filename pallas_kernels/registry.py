@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -50,6 +51,25 @@ class Refusal:
     """Why a backend cannot serve a spec on a GPU: one sentence with the numbers."""
 
     reason: str
+
+
+def needs_sm80(arch: Arch | None) -> Refusal | None:
+    """What every portable kernel asks first."""
+    return Refusal("needs an NVIDIA GPU of SM80 or newer") if arch is None or arch.sm < 80 else None
+
+
+def always(spec: Any, arch: Arch | None) -> None:
+    """``supports`` of a reference, which serves anything anywhere."""
+
+
+@dataclass(frozen=True)
+class Module:
+    """``load`` of a backend whose file offers ``run(spec, *args)``: imports it, by its full name, when it is called."""
+
+    name: str
+
+    def __call__(self) -> Callable[..., Any]:
+        return importlib.import_module(self.name).run
 
 
 class BackendRefused(ValueError):

@@ -1,16 +1,20 @@
 """The choice of a backend: order, refusals, forcing, the device it is made for."""
 
+import ast
 import dataclasses
+import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bench.operations import discover
 from pallas_kernels import arch, lowering
-from pallas_kernels.registry import Backend, BackendRefused, Choice, Refusal, call, recorded, resolve
+from pallas_kernels.registry import Backend, BackendRefused, Choice, Module, Refusal, call, recorded, resolve
 
 H200 = arch.by_name("H200-141")
 A100 = arch.by_name("A100-80")
@@ -163,3 +167,15 @@ def test_default_arch_starts_no_backend_where_jax_is_held_to_the_cpu() -> None:
         "assert lowering.default_arch() is None; assert not b.backends_are_initialized()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_kernel_file_is_there() -> None:
+    """``Module`` names files that nothing imports before a kernel is chosen, which without a GPU is never."""
+    loads = [backend.load for operation in discover().values() for backend in operation.backends]
+    names = [load.name for load in loads if isinstance(load, Module)]
+    assert len(names) > 12
+    for name in names:
+        spec = importlib.util.find_spec(name)
+        assert spec is not None and spec.origin is not None, name
+        tree = ast.parse(Path(spec.origin).read_text())
+        assert any(isinstance(node, ast.FunctionDef) and node.name == "run" for node in tree.body), name

@@ -7,7 +7,6 @@ of it makes the same calls in the same order, with operands of the same shape.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,7 +23,7 @@ from pallas_kernels.collectives.message import (
     Form,
     Message,
 )
-from pallas_kernels.registry import Backend
+from pallas_kernels.registry import Backend, Module, always
 
 # NVLink multicast stays off. NCCL and NVSHMEM read these when they first connect devices, long after this module is imported.
 os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
@@ -109,19 +108,7 @@ def _call(form: Form, axis: str, x: jax.Array, more: tuple[Any, ...], *, backend
     return registry.call("collectives", BACKENDS, spec, (axis, x, *more), forced=backend)
 
 
-def _load_reference() -> Callable[..., Any]:
-    from pallas_kernels.collectives import reference
-
-    return reference.run
-
-
-def _load_triton() -> Callable[..., Any]:
-    from pallas_kernels.collectives import triton
-
-    return triton.run
-
-
 BACKENDS = (
-    Backend("triton", workspace.supports, _load_triton, on_request="never run on a GPU"),
-    Backend("reference", lambda spec, arch: None, _load_reference),
+    Backend("triton", workspace.supports, Module("pallas_kernels.collectives.triton"), on_request="never run on a GPU"),
+    Backend("reference", always, Module("pallas_kernels.collectives.reference")),
 )

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -12,7 +9,7 @@ from pallas_kernels import registry
 from pallas_kernels.arch import Arch
 from pallas_kernels.blocks import BLOCK, BlockScaled, Weight
 from pallas_kernels.experts.spec import Spec
-from pallas_kernels.registry import Backend, Refusal
+from pallas_kernels.registry import Backend, Module, Refusal, always, needs_sm80
 
 ARITHMETICS = ("w8a16", "w8a8")
 # What one program can hold a counter of in registers.
@@ -82,8 +79,8 @@ def _check(x: jax.Array, ids: jax.Array, weights: jax.Array, gate_up: Weight, do
 
 
 def _triton_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
-    if arch is None or arch.sm < 80:
-        return Refusal("needs an NVIDIA GPU of SM80 or newer")
+    if refusal := needs_sm80(arch):
+        return refusal
     if spec.arithmetic != "w8a16":
         return Refusal(f"serves w8a16, not {spec.arithmetic}")
     if spec.weights != "float8_e4m3fn":
@@ -98,19 +95,7 @@ def _triton_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
     return None
 
 
-def _load_triton() -> Callable[..., Any]:
-    from pallas_kernels.experts import triton
-
-    return triton.run
-
-
-def _load_reference() -> Callable[..., Any]:
-    from pallas_kernels.experts import reference
-
-    return reference.run
-
-
 BACKENDS = (
-    Backend("triton", _triton_supports, _load_triton, on_request="never run on a GPU"),
-    Backend("reference", lambda spec, arch: None, _load_reference),
+    Backend("triton", _triton_supports, Module("pallas_kernels.experts.triton"), on_request="never run on a GPU"),
+    Backend("reference", always, Module("pallas_kernels.experts.reference")),
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from pallas_kernels.fp8_linear.norm import add_norm
 from pallas_kernels.fp8_linear.plan import TILE, plan_for
 from pallas_kernels.fp8_linear.spec import Spec
 from pallas_kernels.lowering import default_arch
-from pallas_kernels.registry import Backend, Refusal
+from pallas_kernels.registry import Backend, Module, Refusal, always
 
 ARITHMETICS = ("w8a16", "w8a8")
 Index = tuple[int | jax.Array, ...]
@@ -165,23 +164,20 @@ def _check(x: jax.Array, w: Weight, index: Index, matrix_axes: int, arithmetic: 
         raise ValueError(f"x of shape {x.shape} does not match a weight of shape {w.shape}: k={w.shape[-1]}")
 
 
-def _reference_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
-    return None
-
-
-def _load_reference() -> Any:
-    from pallas_kernels.fp8_linear import reference
-
-    return reference.run
-
-
-def _mosaic_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
+def _hopper_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
+    """What both Hopper kernels ask first."""
     if arch is None or arch.sm != 90:
         return Refusal(f"needs SM90, got {'no NVIDIA GPU' if arch is None else f'SM{arch.sm}'}")
     if spec.weights != "float8_e4m3fn":
         return Refusal(f"needs FP8 block-scaled weights, got {spec.weights}")
     if spec.x_dtype != "bfloat16" or spec.out_dtype not in ("bfloat16", "float32"):
         return Refusal(f"needs bfloat16 inputs and bfloat16 or float32 outputs, got {spec.x_dtype}, {spec.out_dtype}")
+    return None
+
+
+def _mosaic_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
+    if refusal := _hopper_supports(spec, arch):
+        return refusal
     if spec.norm not in ("", "bfloat16", "float32"):
         return Refusal(f"needs a norm of bfloat16 or float32, got {spec.norm}")
     if not 1 <= spec.rows <= 64:
@@ -193,19 +189,9 @@ def _mosaic_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
     return None
 
 
-def _load_mosaic() -> Any:
-    from pallas_kernels.fp8_linear import mosaic_sm90
-
-    return mosaic_sm90.run
-
-
 def _prefill_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
-    if arch is None or arch.sm != 90:
-        return Refusal(f"needs SM90, got {'no NVIDIA GPU' if arch is None else f'SM{arch.sm}'}")
-    if spec.weights != "float8_e4m3fn":
-        return Refusal(f"needs FP8 block-scaled weights, got {spec.weights}")
-    if spec.x_dtype != "bfloat16" or spec.out_dtype not in ("bfloat16", "float32"):
-        return Refusal(f"needs bfloat16 inputs and bfloat16 or float32 outputs, got {spec.x_dtype}, {spec.out_dtype}")
+    if refusal := _hopper_supports(spec, arch):
+        return refusal
     if spec.rows <= 64:
         return Refusal(f"serves more than 64 rows, got {spec.rows}")
     if spec.k % BLOCK or any(n % TILE for n in spec.ns):
@@ -215,14 +201,8 @@ def _prefill_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
     return None
 
 
-def _load_prefill() -> Any:
-    from pallas_kernels.fp8_linear import mosaic_prefill_sm90
-
-    return mosaic_prefill_sm90.run
-
-
 BACKENDS = (
-    Backend("mosaic_sm90", _mosaic_supports, _load_mosaic),
-    Backend("mosaic_prefill_sm90", _prefill_supports, _load_prefill),
-    Backend("reference", _reference_supports, _load_reference),
+    Backend("mosaic_sm90", _mosaic_supports, Module("pallas_kernels.fp8_linear.mosaic_sm90")),
+    Backend("mosaic_prefill_sm90", _prefill_supports, Module("pallas_kernels.fp8_linear.mosaic_prefill_sm90")),
+    Backend("reference", always, Module("pallas_kernels.fp8_linear.reference")),
 )

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -12,7 +9,7 @@ from pallas_kernels import registry
 from pallas_kernels.arch import Arch
 from pallas_kernels.blocks import BlockScaled, Weight
 from pallas_kernels.index_keys.spec import BOTH, QUERY, WRITE, Spec
-from pallas_kernels.registry import Backend, Refusal
+from pallas_kernels.registry import Backend, Module, Refusal, always, needs_sm80
 
 
 def write(
@@ -158,8 +155,8 @@ def _kind(w: Weight | None) -> str:
 
 
 def _triton_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
-    if arch is None or arch.sm < 80:
-        return Refusal("needs an NVIDIA GPU of SM80 or newer")
+    if refusal := needs_sm80(arch):
+        return refusal
     if spec.dtype != "bfloat16":
         return Refusal(f"rows are {spec.dtype}, the kernel takes bfloat16")
     if spec.head_dim != 128 or spec.hidden % 128 or spec.rope not in (2, 4, 8, 16, 32, 64, 128):
@@ -179,19 +176,7 @@ def _triton_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
     return None
 
 
-def _load_triton() -> Callable[..., Any]:
-    from pallas_kernels.index_keys import triton
-
-    return triton.run
-
-
-def _load_reference() -> Callable[..., Any]:
-    from pallas_kernels.index_keys import reference
-
-    return reference.run
-
-
 BACKENDS = (
-    Backend("triton", _triton_supports, _load_triton),
-    Backend("reference", lambda spec, arch: None, _load_reference),
+    Backend("triton", _triton_supports, Module("pallas_kernels.index_keys.triton")),
+    Backend("reference", always, Module("pallas_kernels.index_keys.reference")),
 )

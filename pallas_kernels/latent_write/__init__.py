@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels import registry
 from pallas_kernels.arch import Arch
 from pallas_kernels.latent_write.spec import Spec
-from pallas_kernels.registry import Backend, Refusal
+from pallas_kernels.registry import Backend, Module, Refusal, always, needs_sm80
 
 
 def write(
@@ -47,8 +47,8 @@ def write(
 
 
 def _triton_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
-    if arch is None or arch.sm < 80:
-        return Refusal("needs an NVIDIA GPU of SM80 or newer")
+    if refusal := needs_sm80(arch):
+        return refusal
     if (spec.kv_lora_rank, spec.rope) != (512, 64):
         return Refusal(f"kv_lora_rank {spec.kv_lora_rank} and rope {spec.rope} must be 512 and 64")
     if spec.dtype != "bfloat16" or spec.cache_dtype not in ("uint8", "bfloat16"):
@@ -58,12 +58,6 @@ def _triton_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
     return None
 
 
-def _load_triton() -> Callable[..., Any]:
-    from pallas_kernels.latent_write import triton
-
-    return triton.run
-
-
 def _load_reference() -> Callable[..., Any]:
     from pallas_kernels.latent_write import reference
 
@@ -71,6 +65,6 @@ def _load_reference() -> Callable[..., Any]:
 
 
 BACKENDS = (
-    Backend("triton", _triton_supports, _load_triton),
-    Backend("reference", lambda spec, arch: None, _load_reference),
+    Backend("triton", _triton_supports, Module("pallas_kernels.latent_write.triton")),
+    Backend("reference", always, _load_reference),
 )

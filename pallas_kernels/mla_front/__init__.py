@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +11,7 @@ from pallas_kernels import registry
 from pallas_kernels.arch import Arch
 from pallas_kernels.blocks import BlockScaled, Weight
 from pallas_kernels.mla_front.spec import Spec
-from pallas_kernels.registry import Backend, Refusal
+from pallas_kernels.registry import Backend, Module, Refusal, always, needs_sm80
 
 
 def query(
@@ -89,8 +87,8 @@ def _spec(q_a: jax.Array, q_b: Weight, w_uk: jax.Array, cos: jax.Array, eps: flo
 
 
 def _triton_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
-    if arch is None or arch.sm < 80:
-        return Refusal("needs an NVIDIA GPU of SM80 or newer")
+    if refusal := needs_sm80(arch):
+        return refusal
     if (spec.dtype, spec.weight_dtype) != ("bfloat16", "bfloat16"):
         return Refusal(f"{spec.dtype} rows and {spec.weight_dtype} W_UK: the kernel takes bfloat16")
     if spec.nope % 64 or spec.kv_lora_rank % 64 or spec.rope not in (32, 64, 128):
@@ -100,19 +98,7 @@ def _triton_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
     return None
 
 
-def _load_triton() -> Callable[..., Any]:
-    from pallas_kernels.mla_front import triton
-
-    return triton.run
-
-
-def _load_reference() -> Callable[..., Any]:
-    from pallas_kernels.mla_front import reference
-
-    return reference.run
-
-
 BACKENDS = (
-    Backend("triton", _triton_supports, _load_triton),
-    Backend("reference", lambda spec, arch: None, _load_reference),
+    Backend("triton", _triton_supports, Module("pallas_kernels.mla_front.triton")),
+    Backend("reference", always, Module("pallas_kernels.mla_front.reference")),
 )

@@ -12,7 +12,7 @@ from pallas_kernels import registry
 from pallas_kernels.arch import Arch
 from pallas_kernels.blocks import BlockScaled, Weight
 from pallas_kernels.mla_out.spec import Spec
-from pallas_kernels.registry import Backend, Refusal
+from pallas_kernels.registry import Backend, Module, Refusal, always, needs_sm80
 
 
 def output(
@@ -46,19 +46,13 @@ def output(
 
 
 def _triton_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
-    if arch is None or arch.sm < 80:
-        return Refusal("needs an NVIDIA GPU of SM80 or newer")
+    if refusal := needs_sm80(arch):
+        return refusal
     if (spec.dtype, spec.weight_dtype) != ("bfloat16", "bfloat16"):
         return Refusal(f"{spec.dtype} rows and {spec.weight_dtype} W_UV: the kernel takes bfloat16")
     if spec.v % 32 or spec.kv_lora_rank % 128:
         return Refusal(f"v {spec.v} must be a multiple of 32 and kv_lora_rank {spec.kv_lora_rank} of 128")
     return None
-
-
-def _load_triton() -> Callable[..., Any]:
-    from pallas_kernels.mla_out import triton
-
-    return triton.run
 
 
 def _load_reference() -> Callable[..., Any]:
@@ -68,6 +62,6 @@ def _load_reference() -> Callable[..., Any]:
 
 
 BACKENDS = (
-    Backend("triton", _triton_supports, _load_triton),
-    Backend("reference", lambda spec, arch: None, _load_reference),
+    Backend("triton", _triton_supports, Module("pallas_kernels.mla_out.triton")),
+    Backend("reference", always, _load_reference),
 )

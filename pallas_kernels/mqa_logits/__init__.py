@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels import paged, registry
 from pallas_kernels.arch import Arch
 from pallas_kernels.mqa_logits.spec import Spec
-from pallas_kernels.registry import Backend, Refusal
+from pallas_kernels.registry import Backend, Module, Refusal, always, needs_sm80
 
 # Of the GPU kernels: columns of one product are heads times up to four queries.
 _HEADS = (8, 16, 32, 64)
@@ -106,25 +106,9 @@ def _gluon_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
 
 
 def _triton_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
-    if arch is None or arch.sm < 80:
-        return Refusal("needs an NVIDIA GPU of SM80 or newer")
+    if refusal := needs_sm80(arch):
+        return refusal
     return _sizes(spec)
-
-
-def _reference_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
-    return None
-
-
-def _load_gluon() -> Callable[..., Any]:
-    from pallas_kernels.mqa_logits import gluon_sm90
-
-    return gluon_sm90.run
-
-
-def _load_triton() -> Callable[..., Any]:
-    from pallas_kernels.mqa_logits import triton
-
-    return triton.run
 
 
 def _load_reference() -> Callable[..., Any]:
@@ -137,7 +121,7 @@ def _load_reference() -> Callable[..., Any]:
 
 
 BACKENDS = (
-    Backend("gluon", _gluon_supports, _load_gluon),
-    Backend("triton", _triton_supports, _load_triton),
-    Backend("reference", _reference_supports, _load_reference),
+    Backend("gluon", _gluon_supports, Module("pallas_kernels.mqa_logits.gluon_sm90")),
+    Backend("triton", _triton_supports, Module("pallas_kernels.mqa_logits.triton")),
+    Backend("reference", always, _load_reference),
 )

@@ -12,7 +12,7 @@ from pallas_kernels import registry
 from pallas_kernels.arch import Arch
 from pallas_kernels.norm_quant import reference
 from pallas_kernels.norm_quant.spec import Spec
-from pallas_kernels.registry import Backend, Refusal
+from pallas_kernels.registry import Backend, Module, Refusal, always, needs_sm80
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -132,8 +132,8 @@ def _fused(
 
 
 def _triton_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
-    if arch is None or arch.sm < 80:
-        return Refusal("needs an NVIDIA GPU of SM80 or newer")
+    if refusal := needs_sm80(arch):
+        return refusal
     if spec.dtype != "bfloat16":
         return Refusal(f"rows are {spec.dtype}, the kernel takes bfloat16")
     if spec.width > 16384:
@@ -141,17 +141,11 @@ def _triton_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
     return None
 
 
-def _load_triton() -> Callable[..., Any]:
-    from pallas_kernels.norm_quant import triton
-
-    return triton.run
-
-
 def _load_reference() -> Callable[..., Any]:
     return reference.fused
 
 
 BACKENDS = (
-    Backend("triton", _triton_supports, _load_triton),
-    Backend("reference", lambda spec, arch: None, _load_reference),
+    Backend("triton", _triton_supports, Module("pallas_kernels.norm_quant.triton")),
+    Backend("reference", always, _load_reference),
 )

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import registry
 from pallas_kernels.arch import Arch
-from pallas_kernels.registry import Backend, Refusal
+from pallas_kernels.registry import Backend, Module, Refusal, always, needs_sm80
 from pallas_kernels.router.spec import Spec
 
 _MOST_EXPERTS = 1024
@@ -52,8 +49,8 @@ def route(
 
 
 def _triton_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
-    if arch is None or arch.sm < 80:
-        return Refusal("needs an NVIDIA GPU of SM80 or newer")
+    if refusal := needs_sm80(arch):
+        return refusal
     if {spec.dtype, spec.gate_dtype} - {"bfloat16", "float32"}:
         return Refusal(f"{spec.dtype} rows and {spec.gate_dtype} gate: the kernel takes bfloat16 and float32")
     if spec.hidden % 128:
@@ -63,19 +60,7 @@ def _triton_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
     return None
 
 
-def _load_triton() -> Callable[..., Any]:
-    from pallas_kernels.router import triton
-
-    return triton.run
-
-
-def _load_reference() -> Callable[..., Any]:
-    from pallas_kernels.router import reference
-
-    return reference.run
-
-
 BACKENDS = (
-    Backend("triton", _triton_supports, _load_triton, on_request="never run on a GPU"),
-    Backend("reference", lambda spec, arch: None, _load_reference),
+    Backend("triton", _triton_supports, Module("pallas_kernels.router.triton"), on_request="never run on a GPU"),
+    Backend("reference", always, Module("pallas_kernels.router.reference")),
 )

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import registry
 from pallas_kernels.arch import Arch
-from pallas_kernels.registry import Backend, Refusal
+from pallas_kernels.registry import Backend, Module, Refusal, always, needs_sm80
 from pallas_kernels.sample_logits.constants import EMPTY, HAS_INF, HAS_NAN, MOST_VOCAB
 from pallas_kernels.sample_logits.spec import Spec
 
@@ -77,26 +74,14 @@ def _checked(logits: jax.Array) -> tuple[int, int]:
 
 
 def _triton_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
-    if arch is None or arch.sm < 80:
-        return Refusal("needs an NVIDIA GPU of SM80 or newer")
+    if refusal := needs_sm80(arch):
+        return refusal
     if not 1 <= spec.rows <= 65535:
         return Refusal(f"rows {spec.rows} must be in 1..65535, the grid's second dimension")
     return None
 
 
-def _load_triton() -> Callable[..., Any]:
-    from pallas_kernels.sample_logits import triton
-
-    return triton.run
-
-
-def _load_reference() -> Callable[..., Any]:
-    from pallas_kernels.sample_logits import reference
-
-    return reference.run
-
-
 BACKENDS = (
-    Backend("triton", _triton_supports, _load_triton, on_request="never run on a GPU"),
-    Backend("reference", lambda spec, arch: None, _load_reference),
+    Backend("triton", _triton_supports, Module("pallas_kernels.sample_logits.triton"), on_request="never run on a GPU"),
+    Backend("reference", always, Module("pallas_kernels.sample_logits.reference")),
 )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import paged, registry
 from pallas_kernels.arch import Arch
-from pallas_kernels.registry import Backend, Refusal
+from pallas_kernels.registry import Backend, Module, Refusal, always, needs_sm80
 from pallas_kernels.sparse_mla.spec import Spec
 
 _MOST_ROWS = 65535
@@ -84,8 +84,8 @@ def _sizes(spec: Spec) -> Refusal | None:
 
 
 def _triton_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
-    if arch is None or arch.sm < 80:
-        return Refusal("needs an NVIDIA GPU of SM80 or newer")
+    if refusal := needs_sm80(arch):
+        return refusal
     return _sizes(spec)
 
 
@@ -100,22 +100,6 @@ def _gluon_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
     return _sizes(spec)
 
 
-def _reference_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
-    return None
-
-
-def _load_triton() -> Callable[..., Any]:
-    from pallas_kernels.sparse_mla import triton
-
-    return triton.run
-
-
-def _load_gluon() -> Callable[..., Any]:
-    from pallas_kernels.sparse_mla import gluon_sm90
-
-    return gluon_sm90.run
-
-
 def _load_reference() -> Callable[..., Any]:
     from pallas_kernels.sparse_mla import reference
 
@@ -126,7 +110,7 @@ def _load_reference() -> Callable[..., Any]:
 
 
 BACKENDS = (
-    Backend("gluon", _gluon_supports, _load_gluon),
-    Backend("triton", _triton_supports, _load_triton),
-    Backend("reference", _reference_supports, _load_reference),
+    Backend("gluon", _gluon_supports, Module("pallas_kernels.sparse_mla.gluon_sm90")),
+    Backend("triton", _triton_supports, Module("pallas_kernels.sparse_mla.triton")),
+    Backend("reference", always, _load_reference),
 )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import registry
 from pallas_kernels.arch import Arch
-from pallas_kernels.registry import Backend, Refusal
+from pallas_kernels.registry import Backend, Module, Refusal, always, needs_sm80
 from pallas_kernels.top_k.spec import Spec
 
 # What the GPU kernels count in 16 bits of a register and address in 32.
@@ -59,23 +59,13 @@ def top_k(
 
 
 def _gluon_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
-    if arch is None or arch.sm < 80:
-        return Refusal("needs an NVIDIA GPU of SM80 or newer")
+    if refusal := needs_sm80(arch):
+        return refusal
     if not (1 <= spec.k <= _MOST_K and 1 <= spec.n <= _MOST_N and 1 <= spec.rows <= _MOST_ROWS):
         return Refusal(
             f"k {spec.k}, n {spec.n} and rows {spec.rows} must be in 1..{_MOST_K}, 1..{_MOST_N} and 1..{_MOST_ROWS}"
         )
     return None
-
-
-def _reference_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
-    return None
-
-
-def _load_gluon() -> Callable[..., Any]:
-    from pallas_kernels.top_k import gluon
-
-    return gluon.run
 
 
 def _load_reference() -> Callable[..., Any]:
@@ -89,6 +79,11 @@ def _load_reference() -> Callable[..., Any]:
 
 BACKENDS = (
     # An earlier revision equalled numpy there, launch by launch; delete this once tests/ops/test_top_k_gpu.py has passed.
-    Backend("gluon", _gluon_supports, _load_gluon, on_request="this revision has not run on a GPU yet"),
-    Backend("reference", _reference_supports, _load_reference),
+    Backend(
+        "gluon",
+        _gluon_supports,
+        Module("pallas_kernels.top_k.gluon"),
+        on_request="this revision has not run on a GPU yet",
+    ),
+    Backend("reference", always, _load_reference),
 )
