@@ -96,6 +96,6 @@ def _triton_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
 
 
 BACKENDS = (
-    Backend("triton", _triton_supports, Module("pallas_kernels.experts.triton"), on_request="never run on a GPU"),
+    Backend("triton", _triton_supports, Module("pallas_kernels.experts.triton")),
     Backend("reference", always, Module("pallas_kernels.experts.reference")),
 )

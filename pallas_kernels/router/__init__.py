@@ -61,6 +61,6 @@ def _triton_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
 
 
 BACKENDS = (
-    Backend("triton", _triton_supports, Module("pallas_kernels.router.triton"), on_request="never run on a GPU"),
+    Backend("triton", _triton_supports, Module("pallas_kernels.router.triton")),
     Backend("reference", always, Module("pallas_kernels.router.reference")),
 )

@@ -82,6 +82,6 @@ def _triton_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
 
 
 BACKENDS = (
-    Backend("triton", _triton_supports, Module("pallas_kernels.sample_logits.triton"), on_request="never run on a GPU"),
+    Backend("triton", _triton_supports, Module("pallas_kernels.sample_logits.triton")),
     Backend("reference", always, Module("pallas_kernels.sample_logits.reference")),
 )

@@ -78,12 +78,6 @@ def _load_reference() -> Callable[..., Any]:
 
 
 BACKENDS = (
-    # An earlier revision equalled numpy there, launch by launch; delete this once tests/ops/test_top_k_gpu.py has passed.
-    Backend(
-        "gluon",
-        _gluon_supports,
-        Module("pallas_kernels.top_k.gluon"),
-        on_request="this revision has not run on a GPU yet",
-    ),
+    Backend("gluon", _gluon_supports, Module("pallas_kernels.top_k.gluon")),
     Backend("reference", always, _load_reference),
 )
