@@ -46,15 +46,24 @@ def run_workers(
     """
     settings = {**_CACHE, "jax_compilation_cache_dir": jax.config.jax_compilation_cache_dir or _new_folder()}
     environment = {**os.environ, **{name.upper(): str(value) for name, value in settings.items()}}
-    crowded = {**environment, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    # Memory that a worker is done with goes back at once: the pool that JAX keeps otherwise, times the workers, fills the card.
+    crowded = {**environment, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}
     program = [*(command or (sys.executable, "-m", "bench")), *arguments]
     workers = [
-        subprocess.Popen([*program, "--worker", f"{i}/{jobs}"], env=crowded, stdout=subprocess.DEVNULL)
+        subprocess.Popen(
+            [*program, "--worker", f"{i}/{jobs}"],
+            env=crowded,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for i in range(jobs)
     ]
     for i, worker in enumerate(workers):
-        if worker.wait():
-            say(f"worker {i} ended with status {worker.returncode}: its cases are compiled by the run itself")
+        _, errors = worker.communicate()
+        if worker.returncode:
+            last = (errors.strip().splitlines() or ["no message"])[-1][:300]
+            say(f"worker {i} ended with status {worker.returncode}: its cases are compiled by the run itself ({last})")
     for name, value in settings.items():
         jax.config.update(name, value)
 

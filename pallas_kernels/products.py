@@ -1,9 +1,17 @@
-"""The one way in which references multiply: float32 accumulation, never TF32."""
+"""The one way in which references multiply and round: float32 accumulation, never TF32; a rounding point rounds."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+
+
+def rounded(x: jax.Array, dtype: jnp.dtype | type) -> jax.Array:
+    """x rounded to dtype, for good: XLA for GPUs drops f32 -> bf16 -> f32 (its excess precision), and a reference that skips a
+    rounding point of its contract differs from the kernel that has it."""
+    if x.dtype == jnp.float32 and jnp.dtype(dtype) == jnp.bfloat16:
+        x = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    return x.astype(dtype)
 
 
 def einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels.blocks import BlockScaled, Weight, dequantize, take
 from pallas_kernels.fp8_linear.spec import Spec
 from pallas_kernels.norm_quant.reference import quantize_groups, rms_norm
-from pallas_kernels.products import einsum
+from pallas_kernels.products import einsum, rounded
 
 
 def run(
@@ -37,11 +37,11 @@ def run(
 
 
 def add_norm(x: jax.Array, delta: jax.Array | None, norm: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
-    """(x + delta, its RMSNorm), each rounded; the barriers keep XLA for GPUs from working on with what it did not round."""
+    """(x + delta, its RMSNorm), each rounded."""
     total = x
     if delta is not None:
-        total = jax.lax.optimization_barrier((x.astype(jnp.float32) + delta.astype(jnp.float32)).astype(x.dtype))
-    return total, jax.lax.optimization_barrier(rms_norm(total, norm, eps))
+        total = rounded(x.astype(jnp.float32) + delta.astype(jnp.float32), x.dtype)
+    return total, rms_norm(total, norm, eps)
 
 
 def product(x: jax.Array, w: Weight, arithmetic: str) -> jax.Array:
@@ -58,10 +58,10 @@ def product(x: jax.Array, w: Weight, arithmetic: str) -> jax.Array:
 def linear(
     x: jax.Array, w: Weight, index: tuple[int | jax.Array, ...], arithmetic: str, dtype: jnp.dtype | type
 ) -> jax.Array:
-    return product(x, take(w, index), arithmetic).astype(dtype)
+    return rounded(product(x, take(w, index), arithmetic), dtype)
 
 
 def swiglu(x: jax.Array, gate_up: Weight, index: tuple[int | jax.Array, ...], arithmetic: str) -> jax.Array:
     gate = product(x, take(gate_up, (*index, 0)), arithmetic)
     up = product(x, take(gate_up, (*index, 1)), arithmetic)
-    return (jax.nn.silu(gate) * up).astype(x.dtype)
+    return rounded(jax.nn.silu(gate) * up, x.dtype)

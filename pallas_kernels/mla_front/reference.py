@@ -11,7 +11,7 @@ from pallas_kernels.fp8_linear import reference as fp8_linear
 from pallas_kernels.latent_write import reference as latent_write
 from pallas_kernels.mla_front.spec import Spec
 from pallas_kernels.norm_quant import reference as norm_quant
-from pallas_kernels.products import einsum
+from pallas_kernels.products import einsum, rounded
 
 
 def query(
@@ -54,4 +54,4 @@ def run(
 
 def absorb(q_nope: jax.Array, w_uk: jax.Array) -> jax.Array:
     """q_nope [rows, heads, nope] @ W_UK [heads, nope, latent], rounded to q_nope's dtype."""
-    return einsum("rhd,hdc->rhc", q_nope, w_uk).astype(q_nope.dtype)
+    return rounded(einsum("rhd,hdc->rhc", q_nope, w_uk), q_nope.dtype)

@@ -6,7 +6,7 @@ import jax
 
 from pallas_kernels.blocks import Weight
 from pallas_kernels.fp8_linear import reference as fp8_linear
-from pallas_kernels.products import einsum
+from pallas_kernels.products import einsum, rounded
 
 
 def output(context: jax.Array, w_uv: jax.Array, o_proj: Weight, layer: int | jax.Array, arithmetic: str) -> jax.Array:
@@ -16,4 +16,4 @@ def output(context: jax.Array, w_uv: jax.Array, o_proj: Weight, layer: int | jax
 
 def up_project(context: jax.Array, w_uv: jax.Array) -> jax.Array:
     """context [rows, heads, latent] @ W_UV [heads, v, latent].T, rounded to context's dtype."""
-    return einsum("rhc,hvc->rhv", context, w_uv).astype(context.dtype)
+    return rounded(einsum("rhc,hvc->rhv", context, w_uv), context.dtype)

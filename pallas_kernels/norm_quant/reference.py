@@ -7,19 +7,20 @@ import jax.numpy as jnp
 
 from pallas_kernels.blocks import E4M3_MAX, to_e4m3
 from pallas_kernels.norm_quant.spec import Spec
+from pallas_kernels.products import rounded
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    return (y * _row(weight, y)).astype(x.dtype)
+    return rounded(y * _row(weight, y), x.dtype)
 
 
 def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
     y = x.astype(jnp.float32)
     y = y - jnp.mean(y, axis=-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    return (y * _row(weight, y) + _row(bias, y)).astype(x.dtype)
+    return rounded(y * _row(weight, y) + _row(bias, y), x.dtype)
 
 
 def quantize_groups(x: jax.Array, group: int = 128, floor: float = 1e-10) -> tuple[jax.Array, jax.Array]:
@@ -37,7 +38,7 @@ def fused(
     """Add, norm and quantize one after the other, each with its own rounding."""
     results: tuple[jax.Array, ...] = ()
     if residual is not None:
-        x = (x.astype(jnp.float32) + residual.astype(jnp.float32)).astype(x.dtype)
+        x = rounded(x.astype(jnp.float32) + residual.astype(jnp.float32), x.dtype)
         results = (x,)
     if weight is not None:
         x = rms_norm(x, weight[layer], spec.eps)

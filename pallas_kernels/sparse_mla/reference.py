@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import paged
-from pallas_kernels.products import einsum
+from pallas_kernels.products import einsum, rounded
 
 # Gathered latents kept at once, in elements: bounds the reference's memory for long prefills.
 _BLOCK_ELEMENTS = 1 << 25
@@ -38,7 +38,7 @@ def attend(
         total = jnp.sum(weights, axis=-1, keepdims=True)
         context = einsum("hk,kc->hc", weights, keys[:, :kv_lora_rank])
         context = context / jnp.where(total > 0, total, 1.0)
-        return context.astype(q.dtype), (jnp.log(total) + peak)[:, 0]
+        return rounded(context, q.dtype), (jnp.log(total) + peak)[:, 0]
 
     rows = max(1, _BLOCK_ELEMENTS // (slots.shape[1] * q.shape[-1]))
     return jax.lax.map(one_row, (q, slots), batch_size=min(rows, q.shape[0]))
