@@ -6,6 +6,7 @@ checks its share of the cases into JAX's persistent cache and times nothing; the
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import subprocess
@@ -49,21 +50,20 @@ def run_workers(
     # Memory that a worker is done with goes back at once: the pool that JAX keeps otherwise, times the workers, fills the card.
     crowded = {**environment, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}
     program = [*(command or (sys.executable, "-m", "bench")), *arguments]
-    workers = [
-        subprocess.Popen(
-            [*program, "--worker", f"{i}/{jobs}"],
-            env=crowded,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(jobs)
-    ]
-    for i, worker in enumerate(workers):
-        _, errors = worker.communicate()
-        if worker.returncode:
-            last = (errors.strip().splitlines() or ["no message"])[-1][:300]
-            say(f"worker {i} ended with status {worker.returncode}: its cases are compiled by the run itself ({last})")
+    with contextlib.ExitStack() as stack:
+        # Files, not pipes: a worker must not wait until somebody reads what XLA logs.
+        errors = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(jobs)]
+        workers = [
+            subprocess.Popen(
+                [*program, "--worker", f"{i}/{jobs}"], env=crowded, stdout=subprocess.DEVNULL, stderr=errors[i]
+            )
+            for i in range(jobs)
+        ]
+        for i, worker in enumerate(workers):
+            if worker.wait():
+                errors[i].seek(0)
+                last = (errors[i].read().strip().splitlines() or ["it said nothing"])[-1][:300]
+                say(f"worker {i} ended with status {worker.returncode}, the run itself compiles its cases: {last}")
     for name, value in settings.items():
         jax.config.update(name, value)
 

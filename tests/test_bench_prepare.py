@@ -28,7 +28,7 @@ def test_workers_share_one_cache(tmp_path: Path, capfd: pytest.CaptureFixture[st
     """Each worker gets its number and the cache; this process uses that cache afterwards, and a failed worker is named."""
     program = (
         "import os, sys, json, pathlib; i = sys.argv[-1][0]; "
-        f"pathlib.Path(r'{tmp_path}', i).write_text(json.dumps([sys.argv[1:], dict(os.environ)])); sys.exit(int(i))"
+        f"pathlib.Path(r'{tmp_path}', i).write_text(json.dumps([sys.argv[1:], dict(os.environ)])); sys.exit(int(i) and 'what was wrong')"
     )
     before = {name: jax.config.values[name] for name in _SETTINGS}
     said: list[str] = []
@@ -38,7 +38,7 @@ def test_workers_share_one_cache(tmp_path: Path, capfd: pytest.CaptureFixture[st
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
-    assert said == ["worker 1 ended with status 1: its cases are compiled by the run itself"]
+    assert said == ["worker 1 ended with status 1, the run itself compiles its cases: what was wrong"]
     for i in range(2):
         arguments, environment = json.loads((tmp_path / str(i)).read_text())
         assert arguments == ["run", "toy", "--worker", f"{i}/2"]
