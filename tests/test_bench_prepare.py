@@ -28,7 +28,8 @@ def test_workers_share_one_cache(tmp_path: Path, capfd: pytest.CaptureFixture[st
     """Each worker gets its number and the cache; this process uses that cache afterwards, and a failed worker is named."""
     program = (
         "import os, sys, json, pathlib; i = sys.argv[-1][0]; "
-        f"pathlib.Path(r'{tmp_path}', i).write_text(json.dumps([sys.argv[1:], dict(os.environ)])); sys.exit(int(i) and 'what was wrong')"
+        f"pathlib.Path(r'{tmp_path}', i).write_text(json.dumps([sys.argv[1:], dict(os.environ)])); "
+        "sys.exit(int(i) and 'what was wrong')"
     )
     before = {name: jax.config.values[name] for name in _SETTINGS}
     said: list[str] = []
