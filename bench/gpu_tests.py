@@ -1,12 +1,14 @@
-"""The GPU tests and their result as a record: ``python -m bench.gpu_tests [--jobs N] [PYTEST ARGS]`` on a machine with a GPU.
+"""The GPU tests and their outcomes as records: ``python -m bench.gpu_tests [--jobs N] [PYTEST ARGS]`` on a machine with a GPU.
 
-It runs ``pytest -m gpu`` and writes ``bench/results/<gpu>/checks/tests.json``: GPU, driver, clocks, versions, revision, every
-test's outcome, and whether the run was ended early (``--limit``). The exit status is pytest's, or 124 where it was ended.
+It runs ``pytest -m gpu`` and merges every test's outcome into ``bench/results/<gpu>/checks/tests.json``, with the run that it came
+from: GPU, driver, clocks, versions, revision. A run of a few tests, or one that was ended early (``--limit``), replaces
+only the outcomes that it has; a whole run replaces the file. The exit status is pytest's, or 124 where it was ended.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import importlib.util
 import json
@@ -23,6 +25,8 @@ from bench import records, test_lines
 
 # The exit status of coreutils' timeout.
 ENDED = 124
+# Options that say how pytest runs and not what.
+_HOW = ("-q", "-v", "-x", "--durations", "--timeout", "--tb")
 
 
 def command(jobs: int, arguments: list[str]) -> list[str]:
@@ -30,7 +34,20 @@ def command(jobs: int, arguments: list[str]) -> list[str]:
     several = ["-n", str(jobs)] if jobs > 1 else []
     # Where pytest-benchmark is installed it warns about xdist, and warnings are errors here.
     without = ["-p", "no:benchmark"] if importlib.util.find_spec("pytest_benchmark") else []
-    return [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "bench.test_lines", *several, *without, *arguments]
+    return [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        "-p",
+        "bench.test_lines",
+        "-p",
+        "no:cacheprovider",
+        *several,
+        *without,
+        *arguments,
+    ]
 
 
 def run(line: list[str], lines: Path, limit: float | None) -> int:
@@ -42,23 +59,56 @@ def run(line: list[str], lines: Path, limit: float | None) -> int:
         return ENDED
 
 
-def outcomes(lines: Path) -> dict[str, str]:
-    """Test -> passed, failed, error or skipped, from what ``test_lines`` wrote; ValueError where there is none."""
-    found: dict[str, str] = {}
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """outcome: passed, failed, error or skipped. run: the key of its run's environment."""
+
+    test: str
+    outcome: str
+    run: str
+
+    @property
+    def key(self) -> str:
+        return self.test
+
+
+FILE = records.FigureFile("tests", Outcome, "outcomes of GPU tests")
+
+
+def outcomes(lines: Path, key: str) -> list[Outcome]:
+    """What ``test_lines`` wrote, of the run ``key``; ValueError where there is nothing."""
+    found: dict[str, Outcome] = {}
     for line in map(json.loads, lines.read_text().splitlines()):
-        if found.get(line["test"]) not in ("failed", "error"):  # an error after a failure does not hide it
-            found[line["test"]] = line["outcome"]
+        test = line["test"]
+        if test not in found or found[test].outcome not in (
+            "failed",
+            "error",
+        ):  # an error after a failure does not hide it
+            found[test] = Outcome(test, line["outcome"], key)
     if not found:
         raise ValueError(f"{lines} holds no test: was anything selected?")
-    return found
+    return list(found.values())
 
 
-def record(found: dict[str, str], seconds: float, arguments: list[str], ended_early: bool) -> dict[str, Any]:
-    """What is written; the device is asked for here, after the tests have left it."""
+def texts(lines: Path) -> dict[str, str]:
+    """pytest's text of each test that failed."""
+    return {line["test"]: line["text"] for line in map(json.loads, lines.read_text().splitlines()) if "text" in line}
+
+
+def keep(path: Path, found: list[Outcome], environment: dict[str, Any]) -> Counter[str]:
+    """Merges outcomes into the file, or replaces it after a whole run; returns how many of each the file holds then."""
+    if not environment["arguments"] and not environment["ended_early"]:
+        path.unlink(missing_ok=True)
+    FILE.merge(path, found, environment)
+    return Counter(outcome.outcome for outcome in FILE.read(path)[1])
+
+
+def environment(date: str, seconds: float, arguments: list[str], ended_early: bool) -> dict[str, Any]:
+    """The run's; the device is asked for here, after the tests have left it."""
     import jax
 
     return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": date,
         "device_kind": jax.devices()[0].device_kind,
         "nvidia_smi": records.nvidia_smi(),
         "versions": records.versions(),
@@ -67,8 +117,6 @@ def record(found: dict[str, str], seconds: float, arguments: list[str], ended_ea
         "arguments": arguments,
         "seconds": round(seconds, 1),
         "ended_early": ended_early,
-        "counts": dict(sorted(Counter(found.values()).items())),
-        "tests": found,
     }
 
 
@@ -80,25 +128,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=records.RESULTS, help="where the record is kept")
     parser.add_argument("--limit", type=float, help="end pytest after so many seconds and keep what is known")
     options, rest = parser.parse_known_args(arguments)
+    selecting = [argument for argument in rest if not argument.startswith(_HOW)]
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     with tempfile.TemporaryDirectory() as folder:
         lines = Path(folder, "tests.jsonl")
         start = time.monotonic()
         status = run(command(options.jobs, rest), lines, options.limit)
         seconds = time.monotonic() - start
-        found = outcomes(lines)
-        texts = {
-            line["test"]: line["text"] for line in map(json.loads, lines.read_text().splitlines()) if "text" in line
-        }
+        found, failed = outcomes(lines, f"{date} {records.sources()}"), texts(lines)
     from pallas_kernels.lowering import default_arch
 
     path = options.results / records.gpu_folder(default_arch()) / "checks" / "tests.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record(found, seconds, rest, status == ENDED), indent=1) + "\n")
-    print(f"{path}: {dict(Counter(found.values()))}")
-    if texts:
+    counts = keep(path, found, environment(date, seconds, selecting, status == ENDED))
+    print(f"this run: {dict(Counter(outcome.outcome for outcome in found))}; {path}: {dict(counts)}")
+    if failed:
         failures = path.with_name("failures.txt")
-        failures.write_text("\n\n".join(f"{test}\n{text}" for test, text in texts.items()) + "\n")
-        print(f"{failures}: the {len(texts)} texts of what failed")
+        failures.write_text("\n\n".join(f"{test}\n{text}" for test, text in failed.items()) + "\n")
+        print(f"{failures}: the {len(failed)} texts of what failed")
     return status
 
 

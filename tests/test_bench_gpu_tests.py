@@ -42,26 +42,41 @@ def run(folder: Path, *arguments: str, limit: float | None = None) -> tuple[int,
 
 def test_outcomes(tmp_path: Path) -> None:
     status, lines = run(tmp_path, "-k", "not five")
-    found = {test.split("::")[-1]: outcome for test, outcome in gpu_tests.outcomes(lines).items()}
+    found = {outcome.test.split("::")[-1]: outcome.outcome for outcome in gpu_tests.outcomes(lines, "run")}
     assert status == 1
     assert found == {"test_one": "passed", "test_two": "failed", "test_three": "skipped", "test_four": "error"}
-    assert "assert 1 == 2" in lines.read_text() and "broken" in lines.read_text()
-    made = gpu_tests.record(found, 1.26, ["-k", "x"], ended_early=False)
-    assert made["counts"] == {"error": 1, "failed": 1, "passed": 1, "skipped": 1}
-    assert made["seconds"] == 1.3 and made["arguments"] == ["-k", "x"] and made["sources"] and not made["ended_early"]
+    said = {test.split("::")[-1]: text for test, text in gpu_tests.texts(lines).items()}
+    assert "assert 1 == 2" in said["test_two"] and "broken" in said["test_four"] and len(said) == 2
 
 
 def test_a_run_that_is_ended_keeps_what_is_known(tmp_path: Path) -> None:
     status, lines = run(tmp_path, "-k", "two or five", limit=15)
     assert status == gpu_tests.ENDED
-    assert list(gpu_tests.outcomes(lines).values()) == ["failed"]
+    assert [outcome.outcome for outcome in gpu_tests.outcomes(lines, "run")] == ["failed"]
 
 
 def test_an_empty_report_is_no_result(tmp_path: Path) -> None:
     status, lines = run(tmp_path, "-k", "nothing")
     assert status == 5
     with pytest.raises(ValueError, match="holds no test"):
-        gpu_tests.outcomes(lines)
+        gpu_tests.outcomes(lines, "run")
+
+
+def test_a_part_replaces_its_outcomes_and_a_whole_run_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "checks" / "tests.json"
+
+    def keep(run: str, arguments: list[str], ended_early: bool = False, **tests: str) -> dict[str, int]:
+        found = [gpu_tests.Outcome(test, outcome, run) for test, outcome in tests.items()]
+        return gpu_tests.keep(path, found, gpu_tests.environment(run, 1.26, arguments, ended_early))
+
+    assert keep("first", [], a="passed", b="failed", gone="passed") == {"passed": 2, "failed": 1}
+    assert keep("second", ["-k", "b"], b="passed") == {"passed": 3}
+    assert keep("third", [], ended_early=True, a="failed") == {"failed": 1, "passed": 2}
+    runs, _ = gpu_tests.FILE.read(path)
+    assert runs.keys() == {"first", "second", "third"}
+    assert runs["second"]["arguments"] == ["-k", "b"] and runs["second"]["seconds"] == 1.3 and runs["second"]["sources"]
+    assert keep("fourth", [], a="passed", b="passed") == {"passed": 2}
+    assert gpu_tests.FILE.read(path)[0].keys() == {"fourth"}
 
 
 def test_command_line() -> None:
