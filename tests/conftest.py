@@ -42,7 +42,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     """Refuses a GPU run on a machine that cannot serve it: such a run must not end as a row of skips."""
     expression = session.config.option.markexpr
     needed = 2 if selects(expression, "multigpu") else int(selects(expression, "gpu"))
-    if needed and not hasattr(session.config, "workerinput"):
+    if needed and not hasattr(session.config, "workerinput") and not session.config.option.collectonly:
         import jax
 
         found = [device for device in jax.devices() if device.platform == "gpu"]
