@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
+import faulthandler
 import json
 import os
 import re
@@ -66,6 +67,9 @@ _SUMMARY = {
     "racecheck": re.compile(r"RACECHECK SUMMARY: (\d+) hazards? displayed \((\d+) errors?, (\d+) warnings?\)"),
 }
 _DONE = "sanitize: ran"
+# faulthandler's first words when a case's own limit, nine tenths of the tool's, is over; the limit is passed in _LIMIT.
+_LATE = "Timeout (0:"
+_LIMIT = "GLM52_SANITIZE_LIMIT"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +130,8 @@ def run_case(selection: Selection) -> int:
     """In a process of its own: calls one backend on its small specs, the last layer of the stack too."""
     operation, (case,) = selection.operation, selection.cases
     assert selection.backend is not None
+    if _LIMIT in os.environ:  # then it says where it stands: still compiling, or waiting for a kernel
+        faulthandler.dump_traceback_later(0.9 * float(os.environ[_LIMIT]), exit=True)
     for spec in small_specs(operation, case, selection.backend, default_arch()):
         with jax.default_device(jax.devices("cpu")[0]):
             made = operation.inputs(spec, jax.random.key(0))
@@ -157,6 +163,7 @@ def sanitize(sanitizer: str, tool: str, item: tuple[Operation, str, str], arch: 
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         "XLA_PYTHON_CLIENT_ALLOCATOR": "platform",
         "XLA_FLAGS": "--xla_gpu_enable_command_buffer= --xla_gpu_autotune_level=0",
+        _LIMIT: str(limit),
     }
     start = time.monotonic()
     try:
@@ -177,8 +184,8 @@ def judge(tool: str, text: str, ended: bool, calls: int) -> tuple[str, int, int,
     summary = _SUMMARY[tool].search(text)
     said = [line.removeprefix("=========").strip() for line in text.splitlines() if line.startswith("=========")]
     said = [line for line in said if line and not line.startswith(("COMPUTE-SANITIZER", "ERROR SUMMARY"))]
-    if not ended:
-        return "timed out", -1, -1, tuple(said[:6])
+    if not ended or _LATE in text:
+        return "timed out", -1, -1, tuple(said[:6] + _stack(text))
     if summary is None or text.count(_DONE) != calls:
         return "failed", -1, -1, tuple(said[:6] + text.strip().splitlines()[-6:])
     errors, warnings = (int(summary[2]), int(summary[3])) if tool == "racecheck" else (int(summary[1]), 0)
@@ -188,6 +195,12 @@ def judge(tool: str, text: str, ended: bool, calls: int) -> tuple[str, int, int,
         warnings,
         tuple(said[:6]) if errors or warnings else (),
     )
+
+
+def _stack(text: str) -> list[str]:
+    """The innermost lines of the stack that faulthandler wrote, without folders."""
+    lines = text.partition("(most recent call first)")[2].splitlines()
+    return [re.sub(r'".*/', '"', line).strip() for line in lines if line.strip().startswith("File")][:8]
 
 
 def _text(part: Any) -> str:
