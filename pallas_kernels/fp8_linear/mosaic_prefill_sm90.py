@@ -206,12 +206,13 @@ class _Worker:
         def step(j: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
             weight_scale, row_scales, totals = carry
             sums, slot = list(totals), lax.rem(steps + j, plan.stages)
-            # A step ahead and straight from device memory. Nothing may be computed with them here: it would wait for them.
-            following = scales_of(first + lax.min(j + 1, count - 1))
+            ahead = functools.partial(scales_of, first + lax.min(j + 1, count - 1))
             plgpu.barrier_wait(self.full.at[slot])
             pieces = [(t, h) for t in range(plan.terms) for h in range(plan.halves)]
+            following: Any = None
             for t, h in pieces:
-                partial = self.wgmma(slot, t, h)
+                partial, loaded = self.wgmma(slot, t, h, ahead if (t, h) == pieces[0] else None)
+                following = loaded or following
                 if (t, h) == pieces[-1]:
                     plgpu.barrier_arrive(self.empty.at[slot])
                 factor = row_scales[h] * (weight_scale * 16.0**-t)
@@ -229,13 +230,18 @@ class _Worker:
         rows = tuple(plgpu.load(at, layout=_ACC.reduce(1), optimized=False) for at in halves)
         return self.weight_scale[weight_row + block], rows
 
-    def wgmma(self, slot: Any, t: int, h: int) -> jax.Array:
-        """One fresh product over a k-block."""
+    def wgmma(self, slot: Any, t: int, h: int, load: Callable[[], Any] | None) -> tuple[jax.Array, Any]:
+        """One fresh product over a k-block, and what ``load`` gives while the tensor cores are at it.
 
-        def body(acc: Any) -> jax.Array:
+        ptxas waits for every load under way before it starts a product: loads of a step ahead that stand before it cost every
+        step the latency of the L2.
+        """
+
+        def body(acc: Any) -> tuple[jax.Array, Any]:
             rows = pl.ds((self.group_row * self.plan.halves + h) * 64, 64)
             plgpu.wgmma(acc, self.x_ring.at[slot, t, rows], self.w_ring.at[slot, self.group_column].T)
-            return acc[...]
+            loaded = load() if load else None
+            return acc[...], loaded
 
         return pl.run_scoped(body, plgpu.ACC((64, self.plan.columns), jnp.float32))
 

@@ -29,6 +29,7 @@ _PAIR = gl.constexpr(
 _COLUMN = gl.constexpr(
     gl.DistributedLinearLayout([[8, 0]], [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 1])
 )
+_FLAGS = gl.constexpr(gl.BlockedLayout([4], [32], [4], [0]))
 _TOTALS = gl.constexpr(gl.BlockedLayout([32, 1], [1, 32], [1, 4], [1, 0]))
 
 # Words of two neighbouring keys ($4, $5) -> a bfloat16 pair for each of their four latents, times high ($6) + low ($7).
@@ -126,13 +127,22 @@ def _scores(keys, rope_keys, scale, query, query_rope, highs, lows, writable, tu
 
 
 @gluon.jit
+def _warps_above(y, limit, N: gl.constexpr):
+    """int32 [4]: whether a warp has any of y [64 keys, N] above the limit."""
+    y = y.reshape([4, 2, 8, N // 8, 4, 2]).permute((0, 2, 4, 1, 3, 5)).reshape([4, 32, N // 2])  # warp, lane, own
+    over = gl.max(y, 2) > limit
+    # Of integers in all lanes of a warp: one redux instruction, where the maximum of floats takes five shuffles.
+    return gl.max(over.to(gl.int32), 1)
+
+
+@gluon.jit
 def score(
     at, end, layer, first_head, lse, latents, ropes, scales, picks, query, query_rope, factors, weights, highs, lows,
-    alphas, final, bases, totals, full, free, p_full, p_free, q_full, done,
+    alphas, final, bases, totals, flags, full, free, p_full, p_free, q_full, done,
     HEADS: gl.constexpr, N: gl.constexpr, CAPACITY: gl.constexpr, OUT_FACTOR: gl.constexpr, LSE_FACTOR: gl.constexpr,
     TILES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Scores and softmax weights of every tile; log-sums at the end. What outlives a tile is in shared memory."""
+    """Scores and softmax weights of every tile; log-sums at the end. The references outlive a tile in shared memory."""
     S: gl.constexpr = _mma(N, 32)
     rows: gl.constexpr = gl.SliceLayout(1, S)
     heads: gl.constexpr = gl.SliceLayout(0, S)
@@ -140,9 +150,8 @@ def score(
     rope_keys = ropes._reinterpret(gl.bfloat16, [STAGES, 64, 64], HALVES)
     key_scales = scales._reinterpret(gl.float32, [STAGES, 64, 4], FLAT)
     bases.store(gl.full([N], 0.0, gl.float32, heads))
-    nothing = _partial_sum(gl.full([64, N], 0.0, gl.float32, S), N)
-    totals.store(nothing)
-    SUMS: gl.constexpr = nothing.type.layout
+    sums = _partial_sum(gl.full([64, N], 0.0, gl.float32, S), N)
+    SUMS: gl.constexpr = sums.type.layout
     unknown = gl.load(layer)
     started = False
     stage = 0
@@ -161,31 +170,34 @@ def score(
             keys.index(stage), rope_keys.index(stage), key_scales.index(stage), query, query_rope,
             highs.index(i & 1), lows.index(i & 1), p_free.index(i & 1), ((i >> 1) & 1) ^ 1, zero, N,
         )  # fmt: skip
+        base = bases.load(heads)
+        y = gl.where(valid[:, None], x * factors.load(heads)[None, :] - base[None, :], float("-inf"))
+        # The first tile's peaks stay the reference until a score passes them by 2^60: until then no sum is rescaled.
+        flags.store(_warps_above(y, gl.where(started, 60.0, float("-inf")), N))
         gl.thread_barrier()
         hopper.mbarrier.arrive(free.index(stage), count=1)
-        x = gl.where(valid[:, None], x * factors.load(heads)[None, :], float("-inf"))
-        base = bases.load(heads)
         alpha = gl.full([N], 1.0, gl.float32, heads)
-        # The first tile's peaks stay the reference until a score passes them by 2^60: until then no sum is rescaled.
-        if gl.max(gl.max(x - base[None, :], 1), 0) > gl.where(started, 60.0, float("-inf")):
-            top = gl.max(x, 0)
-            alpha = gl.where(started, gl.exp2(base - gl.maximum(top, base)), 0.0)
-            base = gl.where(started, gl.maximum(top, base), top)
-            bases.store(base)
-            totals.store(totals.load(SUMS) * gl.convert_layout(alpha, gl.SliceLayout(0, SUMS))[None, :])
+        if gl.max(flags.load(_FLAGS), 0) > 0:
+            top = gl.max(y, 0)
+            risen = base + gl.where(started, gl.maximum(top, 0.0), top)
+            y -= (risen - base)[None, :]
+            alpha = gl.where(started, gl.exp2(base - risen), 0.0)
+            bases.store(risen)
+            sums *= gl.convert_layout(alpha, gl.SliceLayout(0, SUMS))[None, :]
             started = True
-        weight = gl.exp2(x - base[None, :])
+        weight = gl.exp2(y)
         weights.index(i & 1).store(weight.to(gl.bfloat16))
         alphas.index(i & 1).store(alpha)
         hopper.fence_async_shared()
         gl.thread_barrier()
         hopper.mbarrier.arrive(p_full.index(i & 1), count=1)
-        totals.store(totals.load(SUMS) + _partial_sum(weight, N))
+        sums += _partial_sum(weight, N)
         stage += 1
         if stage == STAGES:
             stage = 0
             phase ^= 1
 
+    totals.store(sums)
     total = gl.convert_layout(gl.sum(totals.load(_TOTALS), 0), heads)
     final.store(OUT_FACTOR / gl.where(total > 0, total, 1.0))
     gl.thread_barrier()

@@ -66,6 +66,7 @@ def split_kernel(
     final = gl.allocate_shared_memory(gl.float32, [N], FLAT_ROW)
     bases = gl.allocate_shared_memory(gl.float32, [N], FLAT_ROW)
     totals = gl.allocate_shared_memory(gl.float32, [32, N], FLAT)
+    flags = gl.allocate_shared_memory(gl.int32, [4], FLAT_ROW)
     full = _barriers(STAGES, 128)  # every copying thread, when its copies are there
     free = _barriers(STAGES, 3)
     p_full = _barriers(2, 1)
@@ -87,7 +88,7 @@ def split_kernel(
             )),
             (score, (
                 at, end, layer, first_head, lse + out, latents, ropes, scales, picks, query, query_rope, factors, weights,
-                highs, lows, alphas, final, bases, totals, full, free, p_full, p_free, q_full, done,
+                highs, lows, alphas, final, bases, totals, flags, full, free, p_full, p_free, q_full, done,
                 HEADS, N, CAPACITY, OUT_FACTOR, LSE_FACTOR, TILES, STAGES,
             )),
             (produce, (words, layer, slots, at, end, latents, ropes, scales, picks, full, free, CAPACITY, TILES, STAGES)),

@@ -17,24 +17,38 @@ pytestmark = pytest.mark.gpu
 
 
 # Relative L2. wgmma keeps some 14 bits of the largest product within a block: measured 2.2e-4 on random weights; bfloat16
-# outputs add their one rounding, 1.7e-3. In W8A8 a tie of the rounding of x may fall the other way: measured 1.3e-3.
-TOLERANCE = {
-    ("w8a16", "float32"): 5e-4,
-    ("w8a16", "bfloat16"): 2.5e-3,
-    ("w8a8", "float32"): 4e-3,
-    ("w8a8", "bfloat16"): 4e-3,
-}
+# outputs add their one rounding, 1.7e-3. In W8A8 that holds for ``settled`` inputs.
+TOLERANCE = {"float32": 5e-4, "bfloat16": 2.5e-3}
+
+
+def scales(wide: np.ndarray) -> np.ndarray:
+    """Of the groups of 128 of a row, float32 [rows, groups, 1]."""
+    amax = np.abs(wide.reshape(wide.shape[0], -1, 128)).max(axis=-1, keepdims=True)
+    return np.maximum(amax, np.float32(1e-10)) * np.float32(1 / 448)
+
+
+def settled(x: jax.Array) -> jax.Array:
+    """x whose quantization leaves no choice: what lies on the middle of two e4m3 values is moved by one bfloat16.
+
+    v * 448 / amax is such a middle, exactly, wherever 7 v / amax is one in units of the last place: 27 of the 5120 elements of
+    8 rows of 640. There an ulp decides, which the kernel (times 1 / scale) and the reference (over scale) need not share; all 27
+    one way or the other move SwiGLU's outputs by 1.2e-2 of their norm.
+    """
+    wide = np.asarray(x.astype(jnp.float32))
+    q = np.abs(wide.reshape(wide.shape[0], -1, 128).astype(np.float64)) / scales(wide)
+    ulp = np.exp2(np.floor(np.log2(np.maximum(q, 2.0**-6))) - 3)
+    middle = (np.abs(q / ulp % 1 - 0.5) * ulp < 1e-6 * q).reshape(wide.shape)
+    assert middle.sum() < 0.02 * middle.size
+    return jnp.asarray(np.where(middle, wide * np.float32(1 + 2.0**-7), wide), jnp.bfloat16)
 
 
 def multiplied(x: jax.Array, arithmetic: str) -> jax.Array:
-    """What the weights are multiplied by, float32: quantized by the reciprocal of the scale, as in the kernel."""
+    """What the weights are multiplied by, float32."""
     wide = np.asarray(x.astype(jnp.float32))
     if arithmetic == "w8a16":
         return jnp.asarray(wide)
-    groups = wide.reshape(wide.shape[0], -1, 128)
-    amax = np.maximum(np.abs(groups).max(axis=-1, keepdims=True), np.float32(1e-10))
-    scale = amax * np.float32(1 / 448)
-    values = (groups * (np.float32(1) / scale)).astype(jnp.float8_e4m3fn).astype(np.float32)
+    scale = scales(wide)
+    values = (wide.reshape(*scale.shape[:2], 128) / scale).astype(jnp.float8_e4m3fn).astype(np.float32)
     return jnp.asarray((values * scale).reshape(wide.shape))
 
 
@@ -47,12 +61,13 @@ def kernel(spec: Spec, x: jax.Array, weights: tuple[Any, ...], index: Any) -> tu
 
 
 def agrees(spec: Spec, x: jax.Array, weights: tuple[Any, ...], layer: int) -> None:
+    x = settled(x) if spec.arithmetic == "w8a8" else x
     got = jax.jit(lambda x, w, i: kernel(spec, x, w, i))(x, weights, jnp.asarray(layer, jnp.int32))
     wide = dataclasses.replace(spec, arithmetic="w8a16", x_dtype="float32", out_dtype="float32")
     want = jax.jit(lambda x, w: reference.run(wide, x, w, (layer,)))(multiplied(x, spec.arithmetic), weights)
     for a, b in zip(got, want, strict=True):
         difference = compare(np.asarray(a.astype(jnp.float32)), b)
-        assert difference.rel_l2 < TOLERANCE[spec.arithmetic, spec.out_dtype], f"{spec}: {difference}"
+        assert difference.rel_l2 < TOLERANCE[spec.out_dtype], f"{spec}: {difference}"
 
 
 @pytest.mark.parametrize("arithmetic", ["w8a8", "w8a16"])
