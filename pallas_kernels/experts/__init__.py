@@ -8,12 +8,15 @@ import jax.numpy as jnp
 from pallas_kernels import registry
 from pallas_kernels.arch import Arch
 from pallas_kernels.blocks import BLOCK, BlockScaled, Weight
+from pallas_kernels.experts.mosaic_plan import one_row, several_rows
 from pallas_kernels.experts.spec import Spec
 from pallas_kernels.registry import Backend, Module, Refusal, always, needs_sm80
 
 ARITHMETICS = ("w8a16", "w8a8")
 # What one program can hold a counter of in registers.
 _MOST_EXPERTS = 1024
+# Of a row: the Hopper kernel of one row looks at each in a step of its own.
+_MOST_CHOICES = 32
 
 
 def mix(
@@ -38,12 +41,13 @@ def mix(
       scalar. No stack is sliced or copied (but see Refuses), offsets are 64-bit. backend: None chooses.
     Outputs: [rows, hidden] in x's dtype.
     Rounding points: the SwiGLU product once to x's dtype; down-projections, weights and sums in float32; one rounding at the end.
+      The Hopper backend (up to 64 rows) multiplies e4m3 by e4m3 as ``fp8_linear`` does, W8A16 with two terms of x.
       The Triton backend multiplies in bfloat16, which holds e4m3 exactly, applies a block's scale to its sum in float32, and
       reads an e4m3 NaN byte as 480 times the scale on GPUs older than SM89.
-    Refuses: the Triton backend takes bfloat16 x, FP8 block-scaled weights in W8A16, sizes that are multiples of 128 and up to 1024
-      experts; everything else is the reference's. On GPUs older than SM89 the stacks are passed as bytes, and whether XLA does that
-      without a copy is unmeasured.
-    Graph-safe: yes; three launches for one row, four for more, fixed shapes.
+    Refuses: kernels take bfloat16 x, FP8 block-scaled weights, sizes that are multiples of 128 and up to 1024 experts, the one for
+      Hopper 1 to 64 rows (one row: a hidden size that is a multiple of 1024), Triton's W8A16 only; everything else is the
+      reference's. On GPUs older than SM89 the stacks are passed as bytes, and whether XLA does that without a copy is unmeasured.
+    Graph-safe: yes; fixed shapes. On Hopper two launches for one row, four for 2 to 8, eight for 9 to 64.
     Bound: bytes of the distinct experts hit and of the shared one, once: 340 MB for one row at GLM's shape.
     Source: spec section 5.6; the weight multiplies the expert's output.
     """
@@ -78,11 +82,8 @@ def _check(x: jax.Array, ids: jax.Array, weights: jax.Array, gate_up: Weight, do
         )
 
 
-def _triton_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
-    if refusal := needs_sm80(arch):
-        return refusal
-    if spec.arithmetic != "w8a16":
-        return Refusal(f"serves w8a16, not {spec.arithmetic}")
+def _kernels_support(spec: Spec) -> Refusal | None:
+    """What both kernels ask."""
     if spec.weights != "float8_e4m3fn":
         return Refusal(f"needs FP8 block-scaled weights, got {spec.weights}")
     if spec.dtype != "bfloat16":
@@ -95,7 +96,31 @@ def _triton_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
     return None
 
 
+def _triton_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
+    if refusal := needs_sm80(arch):
+        return refusal
+    if spec.arithmetic != "w8a16":
+        return Refusal(f"serves w8a16, not {spec.arithmetic}")
+    return _kernels_support(spec)
+
+
+def _hopper_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
+    if arch is None or arch.sm != 90:
+        return Refusal(f"needs SM90, got {'no NVIDIA GPU' if arch is None else f'SM{arch.sm}'}")
+    if refusal := _kernels_support(spec):
+        return refusal
+    if not 1 <= spec.rows <= 64:
+        return Refusal(f"serves 1 to 64 rows, got {spec.rows}")
+    if spec.k > _MOST_CHOICES:
+        return Refusal(f"{spec.k} choices a row: at most {_MOST_CHOICES}")
+    if one_row(spec) is None and several_rows(spec) is None:
+        sizes = f"hidden {spec.hidden}, width {spec.width} and shared_width {spec.shared_width}"
+        return Refusal(f"no plan for rows={spec.rows} with {sizes}: shared memory, or one row of no whole 1024")
+    return None
+
+
 BACKENDS = (
+    Backend("mosaic_sm90", _hopper_supports, Module("pallas_kernels.experts.mosaic_sm90")),
     Backend("triton", _triton_supports, Module("pallas_kernels.experts.triton")),
     Backend("reference", always, Module("pallas_kernels.experts.reference")),
 )

@@ -63,14 +63,26 @@ CASES: dict[str, Spec] = {
     "ep4": Spec(1, 8, 64, 6144, 2048, 2048, 1, distinct=57),
     "ep8_sliced_shared": Spec(1, 8, 32, 6144, 2048, 256, 1),
     "tp8": Spec(1, 8, 256, 6144, 256, 256, 1, distinct=222),
-    "small": Spec(1, 4, 16, 512, 256, 256, 1),
-    "small_one_expert": Spec(1, 1, 16, 512, 256, 128, 1, distinct=1),
+    # What eight rows hit of it.
+    "tp8_57": Spec(1, 8, 256, 6144, 256, 256, 1, distinct=57),
+    "small": Spec(1, 4, 16, 1024, 256, 256, 1),
+    "small_one_expert": Spec(1, 1, 16, 1024, 256, 128, 1, distinct=1),
 }
-# Both round the SwiGLU product and the result once to bfloat16 (1.7e-3 each); a middle of the first may fall the other way.
-TOLERANCE: dict[str, float] = {"triton": 4e-3}
 # For compute-sanitizer.
-SMALL: dict[str, dict[str, Any]] = {"small": {"hidden": 256, "width": 128}, "small_one_expert": {"hidden": 256}}
-RIVALS: dict[str, dict[str, dict[int, float]]] = {"ep4": {"target": {1: 95.0, 8: 696.0}}, "tp8": {"target": {1: 15.0}}}
+SMALL: dict[str, dict[str, Any]] = {"small": {"width": 128}, "small_one_expert": {"width": 128}}
+RIVALS: dict[str, dict[str, dict[int, float]]] = {
+    "ep4": {"target": {1: 95.0, 8: 696.0}},
+    "tp8": {"target": {1: 15.0}},
+}
+
+
+def tolerance(spec: Spec, backend: str) -> float:
+    """Relative L2 against the reference, where W8A16 measured 1.7e-3 to 2.3e-3.
+
+    Kernels and reference round the SwiGLU product and the result once to bfloat16 (1.7e-3 each); a middle of the first may fall the
+    other way. W8A8 rounds that product to e4m3 next, and one that fell the other way may move there by an eighth: 1e-2 measured.
+    """
+    return 1.5e-2 if spec.arithmetic == "w8a8" else 4e-3
 
 
 def inputs(spec: Spec, key: jax.Array) -> tuple[Any, ...]:

@@ -222,7 +222,7 @@ def combine_kernel(
     tl.store(out + row * HIDDEN + column, (routed + tl.load(shared + row * HIDDEN + column)).to(tl.bfloat16))
 
 
-def _sorted(spec: Spec, plan: Plan, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+def sorted_pairs(spec: Spec, block_rows: int, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(table, order) of ``plan_kernel``; dummies for one row, whose pairs are its items."""
     if spec.rows == 1:
         return ids, ids
@@ -230,7 +230,7 @@ def _sorted(spec: Spec, plan: Plan, ids: jax.Array) -> tuple[jax.Array, jax.Arra
     return jax_triton.triton_call(
         ids, kernel=plan_kernel, grid=(1 + -(-spec.pairs // _PLACED),), name="experts_plan", num_warps=4,
         out_type=(jax.ShapeDtypeStruct((2, spec.experts), jnp.int32), jax.ShapeDtypeStruct((spec.pairs,), jnp.int32)),
-        **triton_options(), PAIRS=spec.pairs, EXPERTS=spec.experts, BM=plan.block_rows, BE=experts,
+        **triton_options(), PAIRS=spec.pairs, EXPERTS=spec.experts, BM=block_rows, BE=experts,
         BC=max(1, 8192 // experts), BP=_PLACED,
     )  # fmt: skip
 
@@ -254,7 +254,7 @@ def run(
     plan: Plan | None = None,
 ) -> jax.Array:
     plan = plan or plan_for(spec, default_arch())
-    table, order = _sorted(spec, plan, ids)
+    table, order = sorted_pairs(spec, plan.block_rows, ids)
     at, blocks, size = layer.reshape(1), -(-spec.rows // plan.block_rows), jax.ShapeDtypeStruct
     common = {
         **triton_options(), "num_warps": plan.warps, "num_stages": plan.stages, "STAGES": plan.stages,

@@ -13,12 +13,12 @@ import pytest
 from pallas_kernels.blocks import BlockScaled, take
 from pallas_kernels.compare import rel_l2
 from pallas_kernels.experts import mix
-from pallas_kernels.experts.spec import CASES, Spec, inputs
+from pallas_kernels.experts.spec import CASES, Spec, inputs, tolerance
 
 pytestmark = pytest.mark.gpu
 SMALL = dataclasses.replace(CASES["small"], layers=2)
-# Few numbers of rows, shared by the tests, so that little is compiled.
-ROWS = (1, 17, 65)
+# Few numbers of rows, shared by the tests, so that little is compiled; the Hopper kernels serve up to 64.
+ROWS = [(1, "triton"), (17, "triton"), (65, "triton"), (1, "mosaic_sm90"), (7, "mosaic_sm90"), (17, "mosaic_sm90")]
 RUN = jax.jit(mix, static_argnames="backend")
 
 
@@ -32,9 +32,9 @@ def run(args: tuple[Any, ...], layer: int = 1, backend: str = "triton") -> np.nd
     return np.asarray(RUN(*args, jnp.int32(layer), backend=backend).astype(jnp.float32))
 
 
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("rows,backend", ROWS)
 @pytest.mark.parametrize("how", ["one expert", "none", "random with holes and repeats", "first and last"])
-def test_hostile_choices(how: str, rows: int) -> None:
+def test_hostile_choices(how: str, rows: int, backend: str) -> None:
     x, ids, weights, *stacks = made(dataclasses.replace(SMALL, rows=rows), rows)
     random = np.random.default_rng(rows).integers(-3, SMALL.experts + 2, ids.shape)
     chosen = {
@@ -46,26 +46,26 @@ def test_hostile_choices(how: str, rows: int) -> None:
     placed = (chosen >= 0) & (chosen < SMALL.experts)
     given = np.where(placed, np.asarray(weights), np.nan).astype(np.float32)
     given[0, 0] = 0.0 if placed[0, 0] else np.nan
-    got = run((x, jnp.asarray(chosen), jnp.asarray(given), *stacks))
+    got = run((x, jnp.asarray(chosen), jnp.asarray(given), *stacks), backend=backend)
     want = run((x, jnp.asarray(chosen), jnp.asarray(np.nan_to_num(given)), *stacks), backend="reference")
     assert rel_l2(got, want) < 4e-3
 
 
-@pytest.mark.parametrize("rows", ROWS[1:])
-def test_a_row_of_nan_does_not_leak(rows: int) -> None:
+@pytest.mark.parametrize("rows,backend", [row for row in ROWS if row[0] > 1])
+def test_a_row_of_nan_does_not_leak(rows: int, backend: str) -> None:
     x, *rest = made(dataclasses.replace(SMALL, rows=rows))
-    got, clean = run((x.at[1].set(jnp.nan), *rest)), run((x, *rest))
+    got, clean = (run((rows_of_x, *rest), backend=backend) for rows_of_x in (x.at[1].set(jnp.nan), x))
     others = np.arange(rows) != 1
     assert np.isnan(got[1]).all()
     np.testing.assert_array_equal(got[others], clean[others])
 
 
-@pytest.mark.parametrize("rows", ROWS)
-def test_an_expert_reaches_only_rows_that_chose_it(rows: int) -> None:
+@pytest.mark.parametrize("rows,backend", ROWS)
+def test_an_expert_reaches_only_rows_that_chose_it(rows: int, backend: str) -> None:
     x, ids, weights, gate_up, *rest = made(dataclasses.replace(SMALL, rows=rows))
     ids = jnp.where(ids == 3, 4, ids).at[0, 0].set(3)
-    got = run((x, ids, weights, BlockScaled(gate_up.data, gate_up.scale.at[:, 3].set(jnp.nan)), *rest))
-    clean = run((x, ids, weights, gate_up, *rest))
+    poisoned = BlockScaled(gate_up.data, gate_up.scale.at[:, 3].set(jnp.nan))
+    got, clean = (run((x, ids, weights, w, *rest), backend=backend) for w in (poisoned, gate_up))
     assert np.isnan(got[0]).all()
     np.testing.assert_array_equal(got[1:], clean[1:])
 
@@ -76,11 +76,27 @@ def test_many_rows_at_the_real_sizes(case: str) -> None:
     assert rel_l2(run(args, 0), run(args, 0, "reference")) < 4e-3
 
 
-def test_offsets_beyond_32_bits() -> None:
+@pytest.mark.parametrize("rows", [1, 3, 64])
+@pytest.mark.parametrize("case", ["small", "tp8", "ep8_sliced_shared"])
+def test_w8a8(case: str, rows: int) -> None:
+    spec = dataclasses.replace(CASES[case], rows=rows, layers=2, arithmetic="w8a8")
+    args = made(spec)
+    call = jax.jit(mix, static_argnames=("backend", "arithmetic"))
+    got, want = (
+        np.asarray(call(*args, jnp.int32(1), arithmetic="w8a8", backend=backend).astype(jnp.float32))
+        for backend in ("mosaic_sm90", "reference")
+    )
+    assert rel_l2(got, want) < tolerance(spec, "mosaic_sm90")
+    exact = run(args, 1, "reference")
+    assert rel_l2(want, exact) > 1.5 * rel_l2(got, want)  # the kernel is nearer to W8A8 than W8A8 is to W8A16
+
+
+@pytest.mark.parametrize("rows,backend", [(2, "triton"), (1, "mosaic_sm90"), (2, "mosaic_sm90")])
+def test_offsets_beyond_32_bits(rows: int, backend: str) -> None:
     """The third layer of 64 experts starts at element 3.2e9 of gate_up; its matrices alone must give the same bits."""
-    spec = dataclasses.replace(CASES["ep4"], rows=2, layers=3)
+    spec = dataclasses.replace(CASES["ep4"], rows=rows, layers=3)
     x, ids, weights, *stacks = made(spec)
     assert 2 * spec.experts * 2 * spec.width * spec.hidden > 2**31
-    whole = run((x, ids, weights, *stacks), 2)
-    alone = run((x, ids, weights, *(take(w, (slice(2, 3),)) for w in stacks)), 0)  # type: ignore[arg-type]
+    whole = run((x, ids, weights, *stacks), 2, backend)
+    alone = run((x, ids, weights, *(take(w, (slice(2, 3),)) for w in stacks)), 0, backend)  # type: ignore[arg-type]
     np.testing.assert_array_equal(whole, alone)

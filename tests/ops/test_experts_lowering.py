@@ -37,7 +37,8 @@ def changed(**changes: object) -> Spec:
     [
         (changed(dtype="float32"), "float32"),
         (changed(weights="bfloat16 without scales"), "bfloat16 without scales"),
-        (changed(arithmetic="w8a8"), "w8a8"),
+        (changed(arithmetic="w8a8", rows=65), "w8a8"),
+        (changed(k=40, rows=65, arithmetic="w8a8"), "got 65"),
         (changed(width=2112), "width 2112"),
         (changed(shared_width=64), "shared_width 64"),
         (changed(hidden=6100), "hidden 6100"),
@@ -47,6 +48,17 @@ def changed(**changes: object) -> Spec:
 def test_refusals_name_the_number(spec: Spec, words: str) -> None:
     choice = registry.resolve("experts", experts.BACKENDS, spec, H200)
     assert choice.backend == "reference" and words in choice.reason
+
+
+def test_the_hopper_kernel_serves_few_rows() -> None:
+    for case, spec in CASES.items():
+        for rows, name in ((1, "mosaic_sm90"), (64, "mosaic_sm90"), (65, "triton")):
+            choice = registry.resolve("experts", experts.BACKENDS, dataclasses.replace(spec, rows=rows), H200)
+            assert choice.backend == name, (case, choice)
+    assert registry.resolve("experts", experts.BACKENDS, changed(arithmetic="w8a8"), H200).backend == "mosaic_sm90"
+    for spec, words in ((changed(k=33), "33 choices"), (changed(hidden=6272), "no plan")):
+        choice = registry.resolve("experts", experts.BACKENDS, spec, H200)
+        assert choice.backend == "triton" and words in choice.reason
 
 
 def test_who_serves_what() -> None:

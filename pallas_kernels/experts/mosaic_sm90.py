@@ -1,0 +1,143 @@
+"""Experts of 1 to 64 rows on Hopper, in Pallas Mosaic GPU: the launches.
+
+One row: gate_up and down, which adds the experts. More: the plan (Triton's), gate_up, down with its parts in memory, and their sum,
+which is XLA's. Above eight rows the shared expert is two launches of ``fp8_linear``, which reads its weights once for all rows.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import fp8_linear
+from pallas_kernels.blocks import BLOCK, E4M3, BlockScaled
+from pallas_kernels.experts import mosaic_down_sm90, mosaic_gate_up_sm90
+from pallas_kernels.experts.mosaic_plan import LINE, TILE, UNIT, OneRow, Rows, one_row, several_rows
+from pallas_kernels.experts.mosaic_rows_sm90 import Worker
+from pallas_kernels.experts.spec import Spec
+
+_FEWEST_SCALES = 128  # of an array: a copy takes 32 of them
+
+
+def run(
+    spec: Spec,
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    gate_up: BlockScaled,
+    down: BlockScaled,
+    shared_gate_up: BlockScaled,
+    shared_down: BlockScaled,
+    layer: jax.Array,
+    after: Any = None,
+    plan: Any = None,
+) -> jax.Array:
+    """As ``experts.mix`` describes it; nothing reads ``after``. plan: instead of what is chosen for the spec."""
+    plan = plan or one_row(spec) or several_rows(spec)
+    assert plan is not None, spec
+    at = layer.reshape(1)
+    up = (*_operands(gate_up, spec.width), *_operands(shared_gate_up, spec.shared_width))
+    out = (*_operands(down, spec.hidden), *_operands(shared_down, spec.hidden))
+    if isinstance(plan, OneRow):
+        flat = (ids.reshape(-1), weights.reshape(-1))
+        (h,) = mosaic_gate_up_sm90.build(plan)(at, flat[0], x.reshape(-1, BLOCK), *up)
+        (y,) = mosaic_down_sm90.build(plan)(at, *flat, h.reshape(-1, BLOCK), *out)
+        return y.reshape(x.shape)
+    tables = (_lines(array) for array in sorted_pairs(spec, UNIT, ids))
+    places = (at, *tables)
+    blocks = x.reshape(spec.rows, -1, BLOCK)
+    h, shared_h = build_rows(plan[0])(*places, blocks, blocks, *up)
+    inner = (h.reshape(spec.pairs, -1, BLOCK), shared_h.reshape(spec.rows, -1, BLOCK))
+    parts, shared = build_rows(plan[1])(*places, *inner, *out)
+    if not plan[0].folded:
+        h = fp8_linear.swiglu(x, shared_gate_up, (layer,), arithmetic=spec.arithmetic)
+        shared = fp8_linear.linear(h, shared_down, (layer,), arithmetic=spec.arithmetic, dtype=jnp.float32)
+    return _combine(spec, ids, weights, parts, shared).astype(x.dtype)
+
+
+def sorted_pairs(spec: Spec, block_rows: int, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The Triton plan: (pairs and items up to and with each expert [2, experts], pairs sorted by expert)."""
+    from pallas_kernels.experts import triton
+
+    return triton.sorted_pairs(spec, block_rows, ids)
+
+
+def _combine(spec: Spec, ids: jax.Array, weights: jax.Array, parts: jax.Array, shared: jax.Array) -> jax.Array:
+    """A row's parts times their weights, in order of the choices, plus the shared expert's."""
+    parts = parts.reshape(spec.rows, spec.k, spec.hidden)
+    placed = (ids >= 0) & (ids < spec.experts)
+    # Parts of pairs without an expert were never written.
+    terms = [jnp.where(placed[:, j, None], weights[:, j, None] * parts[:, j], 0.0) for j in range(spec.k)]
+    return functools.reduce(jnp.add, terms) + shared
+
+
+def _lines(table: jax.Array) -> jax.Array:
+    flat = table.reshape(-1)
+    return jnp.pad(flat, (0, -flat.size % LINE)).reshape(-1, LINE)
+
+
+def _operands(w: BlockScaled, rows: int) -> tuple[jax.Array, jax.Array]:
+    """(matrices of a stack, all scales in one row, as many at least as a copy takes)."""
+    flat = w.scale.reshape(-1)
+    flat = jnp.pad(flat, (0, _FEWEST_SCALES - flat.size)) if flat.size < _FEWEST_SCALES else flat
+    return w.data.reshape(-1, rows, w.shape[-1]), flat
+
+
+@functools.lru_cache(maxsize=64)
+def build_rows(plan: Rows, interpret: Any = None) -> Callable[..., list[jax.Array]]:
+    """call(layer [1], table, order, rows [.., blocks, 128], shared rows [rows, blocks, 128], data [stack, n, k], its scales
+    in one row, the shared two) -> [out [pairs, n], shared out [rows, shared n]]: bfloat16 of gate_up, float32 of down.
+
+    table, order: of the Triton plan, in lines of 32. rows: x for gate_up, the product by pair for down.
+    """
+    tiled = (plgpu.TilingTransform((8, BLOCK)), plgpu.SwizzleTransform(128))
+    scratch = {
+        "ring": plgpu.SMEM((plan.groups, plan.stages, plan.mats, TILE, plan.step * BLOCK), E4M3, transforms=tiled),
+        "x8": plgpu.SMEM((plan.most_blocks, UNIT * plan.terms, BLOCK), E4M3, transforms=tiled),
+        "staging": plgpu.SMEM((2 * plan.groups, UNIT, plan.piece, BLOCK), jnp.bfloat16),
+        "scales": plgpu.SMEM((plan.groups, plan.stages, plan.mats, LINE), jnp.float32),
+        "factors": plgpu.SMEM((plan.most_blocks, UNIT), jnp.float32),
+        "partial": plgpu.SMEM((plan.groups, TILE, UNIT), jnp.float32),
+        "ends": plgpu.SMEM((plan.table_lines, LINE), jnp.int32),
+        "pairs": plgpu.SMEM((plan.order_lines, LINE), jnp.int32),
+        "here": plgpu.SMEM(
+            (
+                plan.groups,
+                3 * plan.items_here,
+            ),
+            jnp.int32,
+        ),
+        "full": plgpu.Barrier(num_arrivals=2 * plan.mats, num_barriers=plan.groups * plan.stages),
+        "x_full": plgpu.Barrier(num_arrivals=UNIT, num_barriers=2 * plan.groups),
+        "tables_full": plgpu.Barrier(num_arrivals=2),
+        "turn": plgpu.Barrier(num_arrivals=plan.groups),
+    }
+
+    def experts_rows(*refs: Any) -> None:
+        inputs = 11
+        Worker(plan, refs[:inputs], dict(zip(scratch, refs[inputs:], strict=True))).compute()
+
+    out = jnp.bfloat16 if plan.mats == 2 else jnp.float32
+    return plgpu.kernel(
+        experts_rows,
+        out_type=[
+            jax.ShapeDtypeStruct((plan.pairs, plan.n), out),
+            jax.ShapeDtypeStruct((plan.rows, plan.shared_n), out),
+        ],
+        grid=(plan.workers,),
+        grid_names=("worker",),
+        num_threads=plan.groups,
+        thread_name="wg",
+        scratch_types=tuple(scratch.values()),
+        # Every shared buffer here is ordered by hand; every reduction stays within a warp.
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=mgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+        ),
+        interpret=interpret,
+    )
