@@ -68,15 +68,25 @@ class IndexerSpec:
         """Enough copies of weights and keys to pass three times an L2, two at least."""
         return max(2, -(-int(_ROTATION) // (self.weight_bytes + self.rows * self.tokens * (self.head_dim + 4))))
 
-    def bytes(self) -> int:
-        """Weights once, every cached key once, the rows in and the slots out."""
-        rows = self.rows * (2 * self.hidden + 2 * self.q_lora_rank + 4 * min(self.topk, self.tokens))
-        return self.weight_bytes + self.rows * self.tokens * (self.head_dim + 4) + rows
+    def bytes(self, way: str = "chain") -> int:
+        """Of the whole: weights once, every cached key once, the rows in and the slots out. A part by itself also passes its
+        queries or scores on, which the whole need not."""
+        queries = self.rows * self.heads * (self.head_dim + 4)
+        keys, scores = self.rows * self.tokens * (self.head_dim + 4), 4 * self.rows * self.tokens
+        rows, slots = 2 * self.rows * (self.hidden + self.q_lora_rank), 4 * self.rows * min(self.topk, self.tokens)
+        return {
+            "chain": self.weight_bytes + rows + keys + slots,
+            "keys and queries": self.weight_bytes + rows + queries,
+            "logits": queries + keys + scores,
+            "selection": scores + slots,
+        }[way]
 
-    def flops(self) -> int:
+    def flops(self, way: str = "chain") -> int:
         """Projections and dot products."""
         project = self.heads * self.head_dim * self.q_lora_rank + (self.head_dim + self.heads) * self.hidden
-        return 2 * self.rows * (project + self.heads * self.head_dim * self.tokens)
+        products = self.heads * self.head_dim * self.tokens
+        counts = {"chain": project + products, "keys and queries": project, "logits": products, "selection": 0}
+        return 2 * self.rows * counts[way]
 
     def model(self) -> LayerSpec:
         """The same sizes as a model's, for its config and plan."""
@@ -262,14 +272,15 @@ def run(
 def _record(
     spec: IndexerSpec, way: str, taken: timing.Timing, result: Check, reason: str, ceilings: Ceilings, run: str
 ) -> Record:
-    us, (bound, bound_us) = taken.microseconds, ceilings.bound(spec.bytes(), spec.flops(), operand_bits=8)
+    nbytes, flops = spec.bytes(way), spec.flops(way)
+    us, (bound, bound_us) = taken.microseconds, ceilings.bound(nbytes, flops, operand_bits=8)
     target = TARGET_US.get((spec.context, spec.rows)) if way == "chain" else None
     rivals = {} if target is None else {"target": target}
     return Record(
         operation="indexer", case=f"{spec.arithmetic} {spec.context} {way}", rows=spec.rows, backend="indexer",
         reason=reason, spec=dataclasses.asdict(spec), us=round(us, 3), spread=round(taken.spread, 4), calls=taken.calls,
-        l2="cold", bytes=spec.bytes(), flops=spec.flops(), tb_s=round(spec.bytes() / us / 1e6, 3),
-        tflop_s=round(spec.flops() / us / 1e6, 2), bound=bound, bound_us=round(bound_us, 3),
+        l2="warm" if way == "selection" else "cold", bytes=nbytes, flops=flops, tb_s=round(nbytes / us / 1e6, 3),
+        tflop_s=round(flops / us / 1e6, 2), bound=bound, bound_us=round(bound_us, 3),
         percent_of_bound=round(100 * bound_us / us, 1), error=result.worst, tolerance=result.tolerance, rivals_us=rivals,
         against={who: round(theirs / us, 3) for who, theirs in rivals.items()}, run=run,
     )  # fmt: skip

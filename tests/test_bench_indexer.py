@@ -58,5 +58,9 @@ def test_indexer_counts_at_the_real_sizes(monkeypatch: pytest.MonkeyPatch) -> No
     spec = indexer.IndexerSpec()
     weights = 4096 * 2048 + 128 * 6144 + 2 * 32 * 6144
     assert spec.bytes() == weights + 32768 * 132 + 2 * 6144 + 2 * 2048 + 4 * 2048
+    # A part's bound is its own: what it hands on included.
+    assert spec.bytes("keys and queries") == weights + 2 * 6144 + 2 * 2048 + 32 * 132
+    assert spec.bytes("logits") == 32 * 132 + 32768 * (132 + 4) and spec.bytes("selection") == 4 * (32768 + 2048)
+    assert spec.flops() == spec.flops("keys and queries") + spec.flops("logits") and spec.flops("selection") == 0
     assert spec.flops() == 2 * (4096 * 2048 + 160 * 6144 + 32 * 128 * 32768)
     assert spec.layers * (weights + 32768 * 132) > 200e6
