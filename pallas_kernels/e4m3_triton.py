@@ -29,3 +29,15 @@ def quantize_rows(x):
     scale = tl.maximum(tl.max(tl.abs(x), 1), 1e-10) * (1.0 / 448.0)
     divisor = tl.broadcast_to(scale[:, None], x.shape)
     return to_e4m3_bits(tl.minimum(tl.maximum(tl.math.div_rn(x, divisor), -448.0), 448.0)), scale
+
+
+@triton.jit
+def from_e4m3(raw):
+    """Weights as float32, exactly. uint8 holds e4m3 bits (never NaN) where the GPU cannot convert them: their sign, exponent and
+    mantissa move to float32's places, and times 2^120 corrects the bias, subnormals included."""
+    if raw.dtype == tl.uint8:
+        bits = raw.to(tl.int32)
+        wide = (((bits & 0x80) << 24) | ((bits & 0x7F) << 20)).to(tl.float32, bitcast=True) * 1.329227995784916e36
+    else:
+        wide = raw.to(tl.float32)
+    return wide

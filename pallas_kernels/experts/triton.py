@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.blocks import BlockScaled
+from pallas_kernels.e4m3_triton import from_e4m3
 from pallas_kernels.experts.plan import Plan, plan_for
 from pallas_kernels.experts.spec import Spec
 from pallas_kernels.lowering import default_arch, triton_options
@@ -24,17 +25,6 @@ from pallas_kernels.lowering import default_arch, triton_options
 # Pairs that one program of ``plan`` places, and that it compares at a time.
 _PLACED = 64
 _FAR = tl.constexpr(2147483647)
-
-
-@triton.jit
-def _decode(raw):
-    """Weights as bfloat16, exactly. uint8 holds e4m3 bits where the GPU has no such type: moved to their places, times 2^120."""
-    if raw.dtype == tl.uint8:
-        bits = raw.to(tl.int32)
-        wide = (((bits & 0x80) << 24) | ((bits & 0x7F) << 20)).to(tl.float32, bitcast=True) * 1.329227995784916e36
-    else:
-        wide = raw
-    return wide.to(tl.bfloat16)
 
 
 @triton.jit
@@ -119,7 +109,7 @@ def _gate_up_tile(
         # The next block's scales are asked for a step ahead: a scalar load is not part of the pipeline.
         following = tl.minimum(block + 1, BLOCKS - 1)
         next_gate, next_up = tl.load(at_gate + following), tl.load(at_up + following)
-        total += tl.dot(_decode(a), tl.trans(b)) * tl.where(is_up, up_scale, gate_scale)[:, None]
+        total += tl.dot(from_e4m3(a).to(tl.bfloat16), tl.trans(b)) * tl.where(is_up, up_scale, gate_scale)[:, None]
         gate_scale, up_scale = next_gate, next_up
     gate, up = tl.split(tl.permute(tl.reshape(total, [2, HALF, BM]), (1, 2, 0)))
     product = gate * (1.0 / (1.0 + tl.exp(-gate))) * up
@@ -171,7 +161,7 @@ def _down_tile(
         a = tl.load(at_w + block * 128)
         b = tl.load(at_x + block * 128, mask=live[:, None], other=0.0)
         following = tl.load(at_scale + tl.minimum(block + 1, BLOCKS - 1))
-        total += tl.dot(_decode(a), tl.trans(b)) * block_scale
+        total += tl.dot(from_e4m3(a).to(tl.bfloat16), tl.trans(b)) * block_scale
         block_scale = following
     tl.store(out + slot.to(tl.int64)[:, None] * HIDDEN + n[None, :], tl.trans(total), mask=live[:, None])
 

@@ -17,23 +17,12 @@ import triton.language as tl
 
 from pallas_kernels import fp8_linear
 from pallas_kernels.blocks import BlockScaled, Weight
-from pallas_kernels.e4m3_triton import to_e4m3_bits
+from pallas_kernels.e4m3_triton import from_e4m3, to_e4m3_bits
 from pallas_kernels.index_keys.plan import Plan, plan_for
 from pallas_kernels.index_keys.reference import LAYER_NORM_EPS
 from pallas_kernels.index_keys.spec import QUERY, WRITE, Spec
 from pallas_kernels.lowering import default_arch, triton_options
 from pallas_kernels.paged import INDEX_SCALE_FLOOR, PAGE
-
-
-@triton.jit
-def _decode(raw):
-    """Weights as float32, exactly. uint8 holds e4m3 bits (never NaN), where the GPU cannot convert them: moved, times 2^120."""
-    if raw.dtype == tl.uint8:
-        bits = raw.to(tl.int32)
-        wide = (((bits & 0x80) << 24) | ((bits & 0x7F) << 20)).to(tl.float32, bitcast=True) * 1.329227995784916e36
-    else:
-        wide = raw.to(tl.float32)
-    return wide
 
 
 @triton.jit
@@ -61,7 +50,7 @@ def project_kernel(
             b = tl.load(columns + block * 128)
             if FP8:
                 scale = tl.load(wk_scale + which * (HIDDEN // 128) + block)
-                keys += tl.dot(a, tl.trans(_decode(b).to(tl.bfloat16))) * scale
+                keys += tl.dot(a, tl.trans(from_e4m3(b).to(tl.bfloat16))) * scale
             else:
                 keys = tl.dot(a, tl.trans(b), keys)
         tl.store(out + n[None, :], keys, mask=live[:, None])

@@ -1,27 +1,19 @@
-"""The Triton router and experts run by Triton's interpreter on the CPU, against their references.
-
-The interpreter must be switched on before triton is imported: the comparisons run in a process of their own, this file as a script.
-It takes buffers of torch; ``_install`` gives it numpy's, and corrects what it does to bfloat16 (truncated casts, products of bits).
-"""
+"""The Triton router and experts by Triton's interpreter on the CPU, against their references."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 
 from pallas_kernels.compare import compare
+from tests.ops import triton_interpreter
 
-ROOT = Path(__file__).parents[2]
 ROUTED = (
     (1, 24, 6, "bfloat16"),
     (5, 24, 6, "bfloat16"),
@@ -39,67 +31,8 @@ MIXED = (
 @pytest.mark.needs_triton
 @pytest.mark.parametrize("what", ["router", "experts"])
 def test_kernels_equal_references_in_the_interpreter(what: str) -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, __file__, what]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert done.stdout.count("equal") == (len(ROUTED) + 2 if what == "router" else 4 * len(MIXED))
-
-
-@dataclasses.dataclass(frozen=True)
-class Buffer:
-    """An argument of a kernel in the interpreter."""
-
-    array: np.ndarray
-
-
-def _install() -> None:
-    """Makes jax_triton.triton_call run kernels in the interpreter; outputs start as NaN or -1, never as zeros."""
-    import jax_triton
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    names: dict[str, Any] = {name: getattr(tl, name) for name in ("bfloat16", "float32", "int32", "uint8")}
-    names["float8_e4m3fn"] = tl.float8e4nv
-    convert, cast = interpreter._implicit_cvt, interpreter.InterpreterBuilder.cast_impl
-    handle = interpreter.TensorHandle
-
-    def argument(arg: Any) -> Any:
-        if not isinstance(arg, Buffer):
-            return convert(arg)
-        kind = tl.pointer_type(names[arg.array.dtype.name])
-        return tl.tensor(handle(np.array([arg.array.ctypes.data], np.uint64), kind), kind)
-
-    def wide(value: Any) -> np.ndarray:
-        return (
-            value.data.view(ml_dtypes.bfloat16).astype(np.float32) if value.dtype.scalar == tl.bfloat16 else value.data
-        )
-
-    def dot(builder: Any, a: Any, b: Any, total: Any, precision: Any, imprecise: Any) -> Any:
-        return handle(np.matmul(wide(a), wide(b)) + total.data, tl.float32)
-
-    def rounded(builder: Any, value: Any, kind: Any) -> Any:
-        if value.dtype.scalar == tl.float32 and kind.scalar == tl.bfloat16:
-            return handle(value.data.astype(ml_dtypes.bfloat16).view(np.uint16), tl.bfloat16)
-        return cast(builder, value, kind)
-
-    interpreter._implicit_cvt = argument
-    interpreter.InterpreterBuilder.create_dot = dot
-    interpreter.InterpreterBuilder.cast_impl = rounded
-    interpreter.GridExecutor._init_args_hst = lambda self, args, kwargs: (list(args), dict(kwargs))
-    interpreter.GridExecutor._restore_args_dev = lambda self, *args: None
-
-    def triton_call(*args: Any, kernel: Any, out_type: Any, grid: tuple[int, ...], **options: Any) -> Any:
-        for unknown in ("name", "num_warps", "num_stages", "compute_capability"):
-            options.pop(unknown, None)
-        results = [np.empty(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(out_type)]
-        for result in results:
-            result.view(np.uint8)[...] = 0xFF
-        buffers = [Buffer(np.ascontiguousarray(a)) for a in (*args, *results)]
-        kernel[tuple(grid)](*buffers, **options)
-        return jax.tree.unflatten(jax.tree.structure(out_type), [jnp.asarray(result) for result in results])
-
-    jax_triton.triton_call = triton_call
+    said = triton_interpreter.run_script(__file__, what)
+    assert said.count("equal") == (len(ROUTED) + 2 if what == "router" else 4 * len(MIXED))
 
 
 def _equal(got: Any, want: Any, tolerance: float, text: str) -> None:
@@ -156,5 +89,5 @@ def _check_experts() -> None:
 
 
 if __name__ == "__main__":
-    _install()
+    triton_interpreter.install()
     {"router": _check_router, "experts": _check_experts}[sys.argv[1]]()
