@@ -7,7 +7,8 @@ How, for each figure:
   dispatch   what one ``step`` and the start of its token's copy take on the host's thread, median.
   bound      bytes of the operations' specs over the measured copy bandwidth: every weight of the actual layout once, of the
              routed experts as many as random choices are expected to hit, and the caches. ``step_model`` says why that is so.
-  stages     ``bench.step_stages``.
+  stages     ``bench.step_kernels``: every kernel of the step, from a profile of its graph.
+  graph      ``glm52_jax.audit``.
 """
 
 from __future__ import annotations
@@ -15,16 +16,20 @@ from __future__ import annotations
 import dataclasses
 import gc
 import statistics
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from bench import timing
+from bench import step_kernels, timing
+from bench.step_kernels import Kernel
 from bench.step_model import StepSpec, make_state, make_weights, rewound
+from glm52_jax import audit
 from glm52_jax.program import DecodeProgram, State
 from glm52_jax.weights import Weights
 from pallas_kernels import experts
@@ -39,7 +44,8 @@ class Step:
     """One figure. us: a step, spread: (slowest - fastest round) / us; p50_us, p99_us, dispatch_us: see above.
 
     bytes: of one step and device; bound_us: over the copy bandwidth; tokens_s: of all sequences; compile_s: tracing and compiling;
-    backends: operation -> backends that served it; stages_us: stage -> microseconds, adding up to us, {} where not asked for.
+    backends: operation -> backends that served it; stages_us: stage -> microseconds, adding up to us, and kernels: what they are
+    the sums of; graph: what the audit found; all three empty where not asked for.
     """
 
     case: str
@@ -59,6 +65,8 @@ class Step:
     backends: dict[str, str]
     stages_us: dict[str, float]
     run: str = ""
+    graph: str = ""
+    kernels: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -159,8 +167,15 @@ def prepare(spec: StepSpec, weights: Weights, dump: Any = None) -> Prepared:
     return Prepared(spec, Steps(spec, program, make_state(program, spec.context)), compile_s)
 
 
-def result(prepared: Prepared, taken: timing.Timing, copy: float, stages_us: dict[str, float], run: str = "") -> Step:
-    """The figure of a timing; copy: bytes/s. Paces the program's steps for the percentiles."""
+def result(
+    prepared: Prepared,
+    taken: timing.Timing,
+    copy: float,
+    found: Sequence[Kernel] = (),
+    graph: str = "",
+    run: str = "",
+) -> Step:
+    """The figure of a timing; copy: bytes/s; found: the step's kernels. Paces the program's steps for the percentiles."""
     spec, steps = prepared.spec, prepared.steps
     between, queueing = steps.paced(spec.room)
     nbytes = moved_bytes(spec, steps.program.choices)
@@ -172,8 +187,17 @@ def result(prepared: Prepared, taken: timing.Timing, copy: float, stages_us: dic
         dispatch_us=round(statistics.median(queueing), 2), tokens_s=round(spec.rows / taken.microseconds * 1e6, 1),
         bytes=nbytes, bound_us=round(bound, 2), percent_of_bound=round(100 * bound / taken.microseconds, 1),
         experts_hit=round(spec.experts_hit(), 1), compile_s=round(prepared.compile_s, 1),
-        backends=backends(steps.program.choices), stages_us=stages_us, run=run,
+        backends=backends(steps.program.choices),
+        stages_us=step_kernels.stages(found, taken.microseconds) if found else {}, run=run, graph=graph,
+        kernels=[dataclasses.asdict(kernel) for kernel in found],
     )  # fmt: skip
+
+
+def audited(prepared: Prepared, steps: int = 64) -> str:
+    """What the audit says of a program, which goes on from where it stopped."""
+    spec, runs = prepared.spec, prepared.steps
+    found, runs.state = audit.audit(runs.program, runs.state, min(steps, spec.room))
+    return str(found)
 
 
 def sweep(
@@ -184,21 +208,26 @@ def sweep(
     *,
     rounds: int = 7,
     stages: bool = False,
+    audits: bool = False,
     run: str = "",
     say: Callable[[str], None] = print,
     keep: Callable[[Step], None] = lambda figure: None,
 ) -> list[Step]:
-    """Figures of every batch and context with the same weights; ``keep`` gets each as it comes. stages: split the step too."""
-    from bench import step_stages
+    """Figures of every batch and context with the same weights; ``keep`` gets each as it comes.
 
+    stages: split the step too; audits: look at its graph.
+    """
     weights = make_weights(base.shapes())
     figures = []
     for rows in batches:
         for context in contexts:
-            prepared = prepare(dataclasses.replace(base, rows=rows, context=context), weights)
+            with tempfile.TemporaryDirectory() as folder:
+                dump = Path(folder) if audits else None
+                prepared = prepare(dataclasses.replace(base, rows=rows, context=context), weights, dump)
+                graph = audited(prepared) if audits else ""
             (taken,) = timing.measure([prepared.steps], rounds)
-            split = step_stages.split(prepared, taken.microseconds, rounds) if stages else {}
-            figure = result(prepared, taken, copy, split, run)
+            found = step_kernels.profiled(prepared.steps) if stages else []
+            figure = result(prepared, taken, copy, found, graph, run)
             say(line(figure))
             keep(figure)
             figures.append(figure)
@@ -217,7 +246,7 @@ def compare(
     weights = make_weights(first.shapes())
     prepared = [prepare(spec, weights) for spec in (first, second)]
     taken = timing.measure([one.steps for one in prepared], rounds)
-    a, b = (result(one, one_taken, copy, {}) for one, one_taken in zip(prepared, taken, strict=True))
+    a, b = (result(one, one_taken, copy) for one, one_taken in zip(prepared, taken, strict=True))
     for figure in (a, b):
         say(line(figure))
     say(f"second / first: {b.us / a.us:.4f}")
@@ -225,11 +254,13 @@ def compare(
 
 
 def line(figure: Step) -> str:
-    """One line for a person."""
+    """A line for a person, and one for each stage and kernel, and for the audit."""
     split = "".join(f"\n    {name:16} {us / 1e3:8.3f} ms" for name, us in figure.stages_us.items())
     return (
         f"{figure.case}, batch {figure.rows}, context {figure.context}: {figure.us / 1e3:.3f} ms "
         f"+-{100 * figure.spread:.1f}%, p50 {figure.p50_us / 1e3:.3f}, p99 {figure.p99_us / 1e3:.3f}, "
         f"{figure.tokens_s:.0f} tok/s, bound {figure.bound_us / 1e3:.3f} ms ({figure.percent_of_bound:.0f} %), "
         f"dispatch {figure.dispatch_us:.0f} us, compiled in {figure.compile_s:.0f} s{split}"
+        + "".join(f"\n{text}" for text in step_kernels.lines([Kernel(**kernel) for kernel in figure.kernels]))
+        + (f"\n    audit {figure.graph}" if figure.graph else "")
     )

@@ -7,10 +7,11 @@ import dataclasses
 import os
 from pathlib import Path
 
-from bench import records, step, step_report
+from bench import records, step, step_graph, step_report
 from bench.session import Session
 from bench.step_model import StepSpec, glm52
 from glm52_jax.parallel import RULES
+from pallas_kernels import arch
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -25,9 +26,36 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--linear", default="w8a16", choices=("w8a16", "w8a8"), help="default %(default)s")
     command.add_argument("--against", choices=("w8a16", "w8a8"), help="time this arithmetic too, interleaved")
-    command.add_argument("--stages", action="store_true", help="split the step's time by stage")
+    command.add_argument("--stages", action="store_true", help="split the step's time by stage and kernel")
+    command.add_argument("--audit", action="store_true", help="see whether the step is one graph that is only replayed")
     command.add_argument("--rounds", type=int, default=7, help="rounds whose median is taken (default %(default)s)")
     command.add_argument("--results", type=Path, default=records.RESULTS, help="where records are kept")
+
+
+def add_graph_options(command: argparse.ArgumentParser) -> None:
+    """The options of ``python -m bench graph``."""
+    command.add_argument("--layers", type=int, default=78, help="of GLM-5.2's, from the first (default %(default)s)")
+    command.add_argument("--rows", default="1", help="batches, such as 1,8,64 (default %(default)s)")
+    command.add_argument("--contexts", default="4096", help="cached tokens (default %(default)s)")
+    command.add_argument("--parallel", choices=tuple(RULES), default="tp", help="default %(default)s")
+    command.add_argument("--devices", type=int, default=8, help="whose first one's share (default %(default)s)")
+    command.add_argument("--linear", default="w8a16", choices=("w8a16", "w8a8"), help="default %(default)s")
+    command.add_argument("--gpu", default="H200-141", help="default %(default)s")
+
+
+def graph(options: argparse.Namespace) -> int:
+    """Prints the graphs of steps for a GPU that need not be there; the exit status, 1 where one is no graph as a whole."""
+    gpu = arch.by_name(options.gpu)
+    options.rank, wrong = options.devices > 1, 0
+    options.parallel = options.parallel if options.rank else None
+    base, rows, contexts = specs(options)
+    base = dataclasses.replace(base, mesh=step_graph.mesh_of(gpu))
+    for batch in rows:
+        for context in contexts:
+            found = step_graph.graph_of(dataclasses.replace(base, rows=batch, context=context), gpu)
+            print(f"{gpu.name}, {base.name}, batch {batch}, context {context}:", *found.lines(), sep="\n")
+            wrong += not found.graph.whole
+    return 1 if wrong else 0
 
 
 def specs(options: argparse.Namespace) -> tuple[StepSpec, list[int], list[int]]:
@@ -55,7 +83,7 @@ def run(options: argparse.Namespace, session: Session) -> int:
         for figure in step.compare(base, other, copy, options.rounds, session.say):
             keep(figure)
     else:
-        how = {"rounds": options.rounds, "stages": options.stages, "run": session.name}
+        how = {"rounds": options.rounds, "stages": options.stages, "audits": options.audit, "run": session.name}
         step.sweep(base, rows, contexts, copy, say=session.say, keep=keep, **how)
     path = session.folder / step_report.FOLDER / step_report.FILE
     step_report.draw(step_report.read(path)[1], step_report.picture_of(path))

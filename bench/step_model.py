@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from glm52_jax import parallel, tiny
 from glm52_jax.config import Config
@@ -54,7 +54,8 @@ class StepSpec:
 
     config: the whole model's. rows: sequences. context: tokens that each has cached when a round begins, with room for ``room``.
     mode: how ``devices`` share the model, None for one. rank: one of these devices' work, alone on one GPU: its slices of every
-    weight, and exchanges with itself, which XLA makes copies or nothing. linear: arithmetic.
+    weight, and exchanges with itself, which XLA makes copies or nothing. linear: arithmetic. mesh: instead of the devices that JAX
+    sees.
     """
 
     config: Config
@@ -66,6 +67,7 @@ class StepSpec:
     rank: bool = False
     linear: str = "w8a16"
     dtype: str = "bfloat16"
+    mesh: Mesh | None = None
 
     def __post_init__(self) -> None:
         if (self.mode is None) != (self.devices == 1) or (self.rank and self.mode is None):
@@ -85,8 +87,9 @@ class StepSpec:
 
     @functools.cached_property
     def plan(self) -> Plan:
-        mesh = None if self.mode is None else parallel.make_mesh(1 if self.rank else self.devices)
-        share = None if mesh is None or self.mode is None else Parallel(mesh, self.mode)
+        share = None
+        if self.mode is not None:
+            share = Parallel(self.mesh or parallel.make_mesh(1 if self.rank else self.devices), self.mode)
         cache = "float32" if self.dtype == "float32" else "fp8"
         return Plan(dtype=self.dtype, cache=cache, linear=self.linear, parallel=share)
 

@@ -8,16 +8,29 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from glm52_jax.checkpoint import CheckpointError
     from glm52_jax.config import Config, ConfigError
-    from glm52_jax.generate import Model, Token, load
+    from glm52_jax.exchange import PeerMissingError
+    from glm52_jax.generate import Model, NotFiniteError, Token, load
     from glm52_jax.sampling import Sampling
 
 __version__ = "0.1.0"
-__all__ = ["CheckpointError", "Config", "ConfigError", "Model", "Sampling", "Token", "__version__", "load"]
+__all__ = [
+    "CheckpointError",
+    "Config",
+    "ConfigError",
+    "Model",
+    "NotFiniteError",
+    "PeerMissingError",
+    "Sampling",
+    "Token",
+    "__version__",
+    "load",
+]
 
 # Resolved on first use: reading a checkpoint's headers or printing the help needs no JAX, whose import takes most of a second.
 _HOME = {
     **{"CheckpointError": "checkpoint", "Config": "config", "ConfigError": "config", "Sampling": "sampling"},
-    **{"Model": "generate", "Token": "generate", "load": "generate"},
+    "PeerMissingError": "exchange",
+    **{"Model": "generate", "NotFiniteError": "generate", "Token": "generate", "load": "generate"},
 }
 
 

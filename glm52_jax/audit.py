@@ -23,8 +23,9 @@ from glm52_jax.decode import DecodeState
 from glm52_jax.program import DecodeProgram, State
 
 COMMAND_BUFFER = "kCommandBuffer"
-# A line of a thunk sequence: two blanks for each level, a number since 2025, the kind, a tab, details.
-_THUNK = re.compile(r"^(?P<indent> *)(?:\d+: )?(?P<kind>k[A-Z]\w*)\s*(?:\t|$)")
+# A line of a thunk sequence: blanks for each level, a number since 2025, the kind, then details: after a tab until 2025, since
+# then after the thunks that it waits for and lets go, in brackets.
+_THUNK = re.compile(r"^(?P<indent> *)(?:\d+: )?(?P<kind>k[A-Z]\w*)\s*(?:\t|$|\[)")
 # What JAX 0.11.2's XLA cannot put into a graph, each of which would split it. Measured.
 _SPLITTING = (
     *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"),
@@ -199,7 +200,7 @@ def audit(program: DecodeProgram, state: State, steps: int = 64, replays: int = 
     text = dumped_thunks(program.dump) if program.dump else None
     found = Audit(
         steps=steps,
-        on_gpu=state.arrays.tokens.devices().pop().platform == "gpu",
+        on_gpu=next(iter(state.arrays.tokens.devices())).platform == "gpu",
         traces=program.traces,
         moved=tuple(name for name in names if name in moved),
         not_donated=tuple(name for i, name in enumerate(names) if i not in given),

@@ -1,9 +1,12 @@
-"""JAX's persistent compilation cache, kept under the user's cache folder."""
+"""JAX's persistent compilation cache, kept under the user's cache folder, and what compiling takes."""
 
 from __future__ import annotations
 
 import os
+import threading
+import time
 from pathlib import Path
+from typing import Any, Self
 
 # A folder to use instead, or "off".
 VARIABLE = "GLM52_COMPILE_CACHE"
@@ -39,3 +42,49 @@ def enable() -> Path | None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     return folder
+
+
+class Compiling:
+    """What JAX traces, lowers and compiles while it is entered, on any thread.
+
+    programs: executables made; from_cache: those of them that the persistent cache held.
+    """
+
+    def __init__(self) -> None:
+        self.programs = self.from_cache = 0
+        self._spans: list[tuple[float, float]] = []
+        self._lock = threading.Lock()
+
+    @property
+    def seconds(self) -> float:
+        """Time during which something was being traced, lowered or compiled: spans that overlap count once."""
+        total, until = 0.0, float("-inf")
+        for start, end in sorted(self._spans):
+            total += max(0.0, end - max(start, until))
+            until = max(until, end)
+        return total
+
+    def __enter__(self) -> Self:
+        from jax import monitoring
+
+        monitoring.register_event_duration_secs_listener(self._took)
+        monitoring.register_event_listener(self._happened)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        from jax import monitoring
+
+        monitoring.unregister_event_duration_listener(self._took)
+        monitoring.unregister_event_listener(self._happened)
+
+    def _took(self, event: str, duration_secs: float, **_: Any) -> None:
+        if event.startswith("/jax/core/compile/"):
+            now = time.perf_counter()
+            with self._lock:
+                self._spans.append((now - duration_secs, now))
+                self.programs += event.endswith("/backend_compile_duration")
+
+    def _happened(self, event: str, **_: Any) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
+            with self._lock:
+                self.from_cache += 1

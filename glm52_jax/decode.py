@@ -20,16 +20,27 @@ from glm52_jax.cache import Cache, make_rows
 from glm52_jax.config import Config
 from glm52_jax.model import Taps
 from glm52_jax.plan import Plan
-from glm52_jax.sampling import SamplingState, sample
+from glm52_jax.sampling import SamplingState, sample_flagged
 from glm52_jax.weights import Weights
+
+# In ``DecodeState.drawn``: no token. What is below is ``~flags``: the flags of ``sample_logits`` for logits that are not finite.
+NOTHING = -1
 
 
 @struct.dataclass
 class DecodeState:
     """Everything a step reads and changes; donated to it and returned with the same shapes, so addresses stay.
 
-    tokens int32 [batch]: next token to feed; positions int32 [batch]: its position; table int32 [batch, pages]: of the device that
-    has the sequence, where devices have their own; cache; sampling.
+    A batch has ``width`` query rows for each sequence, those of a sequence together: rows = batch x width.
+
+    tokens int32 [rows]: what is fed next: of each sequence its newest token, then ``width - 1`` drafts of what follows, NOTHING for
+      none.
+    positions int32 [batch]: of a sequence's newest token; -1 where there is no sequence: such rows write no key, see none, draw
+      nothing and stay as they are, whatever their tokens and pages hold.
+    table int32 [batch, pages]: of the device that has the sequence, where devices have their own.
+    drawn int32 [rows]: what the last step added to each sequence, in order: tokens, then NOTHING. A value below NOTHING stands for
+      logits that are not finite, which ends the sequence: its position is -1 from there on.
+    logits float32 [rows, vocab] of the last step, or None where nobody asked for them.
     """
 
     tokens: jax.Array
@@ -37,6 +48,8 @@ class DecodeState:
     table: jax.Array
     cache: Cache
     sampling: SamplingState
+    drawn: jax.Array
+    logits: jax.Array | None = None
 
 
 @partial(jax.jit, static_argnames=("config", "plan", "taps"), donate_argnames="cache")
@@ -142,41 +155,111 @@ def prefill_chunk(
     )
 
 
-@partial(jax.jit, static_argnames=("config", "plan"))
-def first_token(
-    weights: Weights, last: jax.Array, sampling: SamplingState, positions: jax.Array, config: Config, plan: Plan
-) -> jax.Array:
-    """The token after each prompt, int32 [batch], from ``last`` [batch, hidden]; positions: those tokens' positions."""
+@partial(jax.jit, static_argnames=("config", "plan", "width"))
+def first_tokens(
+    weights: Weights,
+    last: jax.Array,
+    sampling: SamplingState,
+    lengths: jax.Array,
+    config: Config,
+    plan: Plan,
+    width: int = 1,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What a DecodeState begins with, (tokens, positions, drawn): the token after each prompt, from ``last`` [batch, hidden].
 
-    def run(weights: Weights, last: jax.Array, sampling: SamplingState, positions: jax.Array) -> jax.Array:
-        return parallel.all_tokens(sample(decoder.logits(weights, last, plan), sampling, positions), plan)
+    lengths int32 [batch]: of the prompts, 0 for rows without one. ``drawn`` holds NOTHING behind the first of ``width`` rows.
+    """
 
-    inputs = (_weight_specs(weights, config, plan), *[parallel.batch_spec(plan)] * 3)
-    return parallel.spread(run, plan.parallel, inputs, PartitionSpec())(weights, last, sampling, positions)
+    def run(
+        weights: Weights, last: jax.Array, sampling: SamplingState, lengths: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        found, flags = sample_flagged(decoder.logits(weights, last, plan), sampling, lengths)
+        drawn = jnp.where(lengths > 0, jnp.where(flags == 0, found, ~flags), NOTHING)
+        positions = jnp.where(drawn >= 0, lengths, -1)
+        drawn = parallel.all_tokens(drawn, plan)
+        return _first_of(jnp.maximum(drawn, 0), width), positions, _first_of(drawn, width)
+
+    batch, whole = parallel.batch_spec(plan), PartitionSpec()
+    inputs = (_weight_specs(weights, config, plan), *[batch] * 3)
+    return parallel.spread(run, plan.parallel, inputs, (whole, batch, whole))(weights, last, sampling, lengths)
 
 
 @partial(jax.jit, static_argnames=("config", "plan"), donate_argnames="state")
 def decode_step(weights: Weights, state: DecodeState, config: Config, plan: Plan) -> DecodeState:
-    """Feeds one token of each sequence and draws the next; ``state.tokens`` of the result are the new tokens."""
+    """Feeds each sequence's rows and draws after each of them.
+
+    A drawn token counts where every draft before it is what the model drew, so a step adds one token to a sequence and one more for
+    each right draft. Keys of wrong drafts lie behind the sequence's new position, where nothing sees them and the next step
+    writes.
+    """
+    width = state.tokens.shape[0] // state.positions.shape[0]
 
     def run(weights: Weights, state: DecodeState) -> DecodeState:
-        ones = jnp.ones_like(state.positions)
-        rows = make_rows(config, state.table, state.positions, ones, 1)
-        tokens = parallel.own_rows(state.tokens, ones.shape[0], plan)
-        hidden, cache, _ = decoder.forward(weights, tokens[:, None], state.cache, rows, config, plan)
-        positions = state.positions + 1
-        tokens = sample(decoder.logits(weights, hidden[:, 0], plan), state.sampling, positions)
-        return DecodeState(parallel.all_tokens(tokens, plan), positions, state.table, cache, state.sampling)
+        live = state.positions >= 0
+        rows = make_rows(config, state.table, jnp.maximum(state.positions, 0), jnp.where(live, width, 0), width)
+        fed = parallel.own_rows(state.tokens, live.shape[0] * width, plan).reshape(-1, width)
+        hidden, cache, _ = decoder.forward(weights, fed, state.cache, rows, config, plan)
+        found = decoder.logits(weights, hidden.reshape(live.shape[0] * width, -1), plan)
+        draws = jax.tree.map(lambda a: _repeated(a, width), state.sampling)
+        tokens, flags = sample_flagged(found, draws, rows.positions.reshape(-1) + 1)
+        drawn = _counted(jnp.where(flags == 0, tokens, ~flags).reshape(-1, width), fed, live)
+        positions = jnp.where(live & (drawn >= NOTHING).all(1), state.positions + _added(drawn), -1)
+        drawn = parallel.all_tokens(drawn.reshape(-1), plan)
+        tokens = _newest(state.tokens, drawn, width)
+        drawn, kept = _in_place((state.drawn, state.logits), (drawn, None if state.logits is None else found))
+        return DecodeState(tokens, positions, state.table, cache, state.sampling, drawn, kept)
 
-    specs = state_specs(plan)
+    specs = state_specs(plan, logits=state.logits is not None)
     return parallel.spread(run, plan.parallel, (_weight_specs(weights, config, plan), specs), specs)(weights, state)
 
 
-def state_specs(plan: Plan) -> DecodeState:
-    """PartitionSpecs of a DecodeState."""
+def _in_place[Tree](old: Tree, new: Tree) -> Tree:
+    """``new``, in the buffers of ``old`` where that is donated: jit drops an argument that nothing reads, and reuses no buffer.
+
+    XLA folds the choice away and reads nothing; a barrier instead would have it copy.
+    """
+    return jax.tree.map(lambda a, b: jnp.where(False, a, b), old, new)
+
+
+def _counted(drawn: jax.Array, fed: jax.Array, live: jax.Array) -> jax.Array:
+    """drawn [batch, width] with NOTHING where a draft before it was wrong; a fault is no token, so nothing follows it."""
+    counts, kept = live, []
+    for row in range(drawn.shape[1]):
+        kept.append(jnp.where(counts, drawn[:, row], NOTHING))
+        if row + 1 < drawn.shape[1]:
+            counts = counts & (fed[:, row + 1] == drawn[:, row]) & (drawn[:, row] >= 0)
+    return jnp.stack(kept, axis=1)
+
+
+def _added(drawn: jax.Array) -> jax.Array:
+    """Tokens int32 [batch] that were added to each sequence."""
+    return jnp.sum((drawn >= 0).astype(jnp.int32), axis=1)
+
+
+def _newest(tokens: jax.Array, drawn: jax.Array, width: int) -> jax.Array:
+    """What is fed next: each sequence's last drawn token, the one it has where none was drawn, and no drafts."""
+    if width == 1:
+        return jnp.where(drawn >= 0, drawn, tokens)
+    fed, drawn = tokens.reshape(-1, width), drawn.reshape(-1, width)
+    last = jnp.take_along_axis(drawn, jnp.maximum(_added(drawn) - 1, 0)[:, None], axis=1)[:, 0]
+    return _first_of(jnp.where(last >= 0, last, fed[:, 0]), width)
+
+
+def _first_of(values: jax.Array, width: int) -> jax.Array:
+    """int32 [batch * width]: each value, then NOTHING."""
+    return jnp.pad(values[:, None], ((0, 0), (0, width - 1)), constant_values=NOTHING).reshape(-1)
+
+
+def _repeated(values: jax.Array, width: int) -> jax.Array:
+    return jnp.broadcast_to(values[:, None], (values.shape[0], width)).reshape(-1)
+
+
+def state_specs(plan: Plan, logits: bool = False) -> DecodeState:
+    """PartitionSpecs of a DecodeState; logits: whether it keeps them."""
     batch: Any = parallel.batch_spec(plan)
     whole: Any = PartitionSpec()
-    return DecodeState(whole, batch, batch, parallel.cache_spec(plan), batch)  # type: ignore[arg-type]
+    cache: Any = parallel.cache_spec(plan)
+    return DecodeState(whole, batch, batch, cache, batch, whole, batch if logits else None)
 
 
 def _weight_specs(weights: Weights, config: Config, plan: Plan) -> Weights | None:

@@ -14,23 +14,24 @@ import numpy as np
 from flax import struct
 from jax.sharding import Mesh
 
-from glm52_jax import decode
+from glm52_jax import decode, exchange
 from glm52_jax import parallel as several
-from glm52_jax.cache import Cache, contiguous_table
+from glm52_jax.cache import Cache
 from glm52_jax.checkpoint import Checkpoint
 from glm52_jax.config import Config
 from glm52_jax.loader import Progress, Storage, load_weights
 from glm52_jax.model import Taps
 from glm52_jax.plan import Plan
-from glm52_jax.program import BUCKETS, DecodeProgram, bucket
-from glm52_jax.sampling import Sampling, sampling_state
+from glm52_jax.prefill import pages_of, power_of_two, prefill, table_of
+from glm52_jax.program import BUCKETS, DecodeProgram, bucket, fault
+from glm52_jax.sampling import Sampling
 from glm52_jax.weights import Weights
 from pallas_kernels.blocks import BlockScaled
 from pallas_kernels.paged import PAGE
 
 type Ids = Sequence[int] | jax.Array | np.ndarray
 
-# Prompt tokens a call; short prompts use the next power of two.
+# Tokens that are scored in a call; short sequences use the next power of two.
 _CHUNK = 512
 
 
@@ -41,6 +42,20 @@ class Token:
     sequence: int
     id: int
     finished: bool
+
+
+class NotFiniteError(ArithmeticError):
+    """Logits of some sequences were not finite: NaN or infinity in the weights, or in those sequences' caches.
+
+    found: sequence -> (number of the new token that could not be drawn, counted from 0; what its logits held).
+    """
+
+    def __init__(self, found: dict[int, tuple[int, str]]) -> None:
+        told = "; ".join(f"sequence {i} ended at its new token {n}: {what}" for i, (n, what) in sorted(found.items()))
+        super().__init__(
+            f"logits are not finite: {told}. The weights or these sequences' caches are broken; all other sequences are complete"
+        )
+        self.found = found
 
 
 @struct.dataclass
@@ -112,7 +127,7 @@ class Model:
         length, plan = rows[0].shape[0], self.plan
         width, pages = _chunk_width(length), -(-length // PAGE)
         batch = several.sequences(1, plan)
-        table = several.place(_table(batch, pages, plan), plan, several.batch_spec(plan))
+        table = several.place(table_of(batch, pages, plan), plan, several.batch_spec(plan))
         cache = several.new_cache(self.config, plan, batch * pages, mtp=run is decode.draft_chunk)
         chunks: list[Taps] = []
         for start in range(0, length, width):
@@ -147,6 +162,12 @@ class Model:
         Raises:
           ValueError: an empty prompt, ids out of range, a max_new_tokens below 1, or a sequence longer than
             max_position_embeddings. Raised by the call itself, before the first token.
+          NotFiniteError: a sequence's logits held NaN or infinity. It ends there, without a last token; the error is raised when
+            all others have ended.
+          PeerMissingError: (several GPUs) a device waited for another one in vain; the sequences have to begin again.
+
+        On a GPU the step of the smallest bucket that holds the batch is compiled before anything runs, and kept: later calls with
+        prompts of similar lengths reuse it. ``glm52_jax.program.programs`` compiles all buckets ahead.
         """
         batch = _as_batch(prompts, self.config.vocab_size)
         stops = frozenset(self.config.eos_token_ids if stop_ids is None else stop_ids)
@@ -163,23 +184,30 @@ class Model:
     def _stream(
         self, batch: list[np.ndarray], max_new_tokens: int, sampling: Sampling, stops: frozenset[int]
     ) -> Iterator[Token]:
-        live = set(range(len(batch)))
+        live, broken = set(range(len(batch))), dict[int, tuple[int, str]]()
         # On a GPU some later steps are under way when a stop is seen; what they draw is never looked at.
         for step, drawn in enumerate(self._drawn(batch, max_new_tokens, sampling)):
             for sequence in sorted(live):
                 token = int(drawn[sequence])
                 finished = token in stops or step + 1 == max_new_tokens
-                if finished:
+                if finished or token < 0:
                     live.discard(sequence)
-                yield Token(sequence, token, finished)
+                if token < 0:
+                    broken[sequence] = (step, fault(token))
+                else:
+                    yield Token(sequence, token, finished)
             if not live:
-                return
+                break
+        if broken:
+            if (peers := exchange.of(self.plan.parallel)) is not None:
+                peers.check()  # a device that missed another one made the NaN, not the weights or the caches
+            raise NotFiniteError(broken)
 
     def _drawn(self, batch: list[np.ndarray], max_new_tokens: int, sampling: Sampling) -> Iterator[np.ndarray]:
-        """Tokens of each step, int32 [at least the batch]."""
+        """What each step drew, int32 [at least the batch]."""
         config, plan = self.config, self.plan
         if self._on_gpu():
-            # Empty sequences fill the smallest of the batches that programs are compiled for.
+            # Rows without a sequence fill the smallest of the batches that programs are compiled for.
             rows = several.sequences(bucket(len(batch)) if len(batch) <= BUCKETS[-1] else len(batch), plan)
             batch = batch + [np.zeros(0, np.int32)] * (rows - len(batch))
             # Compiled before anything runs: loading an executable evicts the recorded graphs of others.
@@ -187,37 +215,16 @@ class Model:
             yield from made.tokens(made.adopt(self._prefill(batch, max_new_tokens, sampling)), max_new_tokens - 1)
             return
         state = self._prefill(batch, max_new_tokens, sampling)
-        yield np.asarray(state.tokens)
+        yield np.asarray(state.drawn)
         for _ in range(max_new_tokens - 1):
             state = decode.decode_step(self.weights, state, config=config, plan=plan)
-            yield np.asarray(state.tokens)
+            yield np.asarray(state.drawn)
 
     def _on_gpu(self) -> bool:
         return next(iter(self.weights.embed.devices())).platform == "gpu"
 
     def _prefill(self, batch: list[np.ndarray], max_new_tokens: int, sampling: Sampling) -> decode.DecodeState:
-        config, plan = self.config, self.plan
-        batch = batch + [np.zeros(0, np.int32)] * (several.sequences(len(batch), plan) - len(batch))
-        lengths = np.array([len(ids) for ids in batch], np.int32)
-        longest = int(lengths.max())
-        pages = _pages(batch, max_new_tokens)
-        last = jnp.zeros((len(batch), config.hidden_size), plan.activation)
-        each = (_table(len(batch), pages, plan), last, jnp.asarray(lengths), sampling_state(sampling, len(batch)))
-        table, last, positions, draws = several.place(each, plan, several.batch_spec(plan))
-        cache = several.new_cache(config, plan, len(batch) * pages)
-        width = _chunk_width(longest)
-        padded = np.zeros((len(batch), -(-longest // width) * width), np.int32)
-        for row, ids in zip(padded, batch, strict=True):
-            row[: len(ids)] = ids
-        for start in range(0, longest, width):
-            counts = np.clip(lengths - start, 0, width).astype(np.int32)
-            starts = np.full(len(batch), start, np.int32)
-            tokens = padded[:, start : start + width]
-            cache, last = decode.prefill_chunk(
-                self.weights, cache, last, table, tokens, starts, counts, config=config, plan=plan
-            )
-        tokens = decode.first_token(self.weights, last, draws, positions, config=config, plan=plan)
-        return decode.DecodeState(tokens, positions, table, cache, draws)
+        return prefill(self.weights, self.config, self.plan, batch, _pages(batch, max_new_tokens), sampling)
 
 
 def load(
@@ -286,12 +293,6 @@ def _xp(array: jax.Array | np.ndarray) -> Any:
     return np if isinstance(array, np.ndarray) else jnp
 
 
-def _table(batch: int, pages: int, plan: Plan) -> jax.Array:
-    """Block table [batch, pages] of sequences that follow each other in the cache of the device that has them."""
-    devices = several.sequences(1, plan)
-    return jnp.tile(contiguous_table(batch // devices, pages), (devices, 1))
-
-
 def _as_batch(prompts: Sequence[int] | Sequence[Sequence[int]], vocab: int) -> list[np.ndarray]:
     if len(prompts) == 0:
         raise ValueError("no prompt given")
@@ -311,13 +312,8 @@ def _checked(ids: object, vocab: int, name: str) -> np.ndarray:
 
 
 def _pages(batch: list[np.ndarray], max_new_tokens: int) -> int:
-    """Of each sequence's block table: a power of two, so that nearby lengths share one compiled program."""
-    return _power_of_two(-(-(max(map(len, batch)) + max_new_tokens) // PAGE))
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
+    return pages_of(max(map(len, batch)) + max_new_tokens)
 
 
 def _chunk_width(length: int) -> int:
-    return min(_CHUNK, _power_of_two(length))
+    return min(_CHUNK, power_of_two(length))

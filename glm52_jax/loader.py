@@ -2,18 +2,21 @@
 
 Each stacked array is allocated once on the device and filled in place, so the device holds no second copy and the host no more
 than what is on its way: the tensors are visited in the order of the files, and a file's mapping is dropped when its last tensor
-is through. On several devices each gets its own slices of a tensor, straight from the mapping, and nothing else of it.
+is through. Threads read ahead, because a page that is touched first costs more than its copy. On several devices each gets its own
+slices of a tensor, straight from the mapping, and nothing else of it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +37,8 @@ type Progress = Callable[[int, int, str], None]
 type Storage = Literal["checkpoint", "bfloat16", "float32"]
 
 _FLOATS = ("BF16", "F32")
-# Bytes handed to the device before the host waits for them.
-_IN_FLIGHT = 1 << 28
+# Tensors, and bytes, that are read ahead, by a thread each, and that the devices may still be placing.
+_AHEAD, _IN_FLIGHT = 4, 1 << 28
 
 
 @dataclasses.dataclass
@@ -179,23 +182,41 @@ def _stream(checkpoint: Checkpoint, targets: list[_Target], progress: Progress |
 
     tasks = sorted(((target, source) for target in targets for source in target.leaf.sources), key=position)
     total = sum(_nbytes(checkpoint, source) for _, source in tasks)
-    done = in_flight = 0
-    for _, group in groupby(tasks, key=file_of):
-        touched: set[Path] = set()
-        for target, source in group:
-            placer.place(checkpoint, target, source)
-            touched |= _files(checkpoint, source)
-            size = _nbytes(checkpoint, source)
-            done, in_flight = done + size, in_flight + size
-            if in_flight >= _IN_FLIGHT:
-                target.data.block_until_ready()
-                in_flight = 0
-            if progress is not None:
-                progress(done, total, source.tensor)
-        # Scales may lie in other files: those are let go too, and mapped again when their turn comes.
-        jax.block_until_ready([target.data for target in targets])
-        for file in touched:
-            checkpoint.release(file)
+    done = placing = in_flight = 0
+    with ThreadPoolExecutor(_AHEAD) as readers:
+        for _, group in groupby(tasks, key=file_of):
+            touched: set[Path] = set()
+            for target, source, staged in _ahead(checkpoint, group, placer, readers):
+                placer.put(target, source, staged)
+                touched |= _files(checkpoint, source)
+                size = _nbytes(checkpoint, source)
+                done, placing, in_flight = done + size, placing + 1, in_flight + size
+                if placing == _AHEAD or in_flight >= _IN_FLIGHT:
+                    target.data.block_until_ready()
+                    placing = in_flight = 0
+                if progress is not None:
+                    progress(done, total, source.tensor)
+            # Scales may lie in other files: those are let go too, and mapped again when their turn comes.
+            jax.block_until_ready([target.data for target in targets])
+            for file in touched:
+                checkpoint.release(file)
+
+
+def _ahead(
+    checkpoint: Checkpoint, tasks: Iterable[tuple[_Target, Source]], placer: _Placer, readers: ThreadPoolExecutor
+) -> Iterator[tuple[_Target, Source, Any]]:
+    """Tasks in their order, each with what ``placer.stage`` made of it while those before it were placed."""
+    waiting: deque[tuple[_Target, Source, Future[Any]]] = deque()
+    ahead = 0
+    for target, source in tasks:
+        waiting.append((target, source, readers.submit(placer.stage, checkpoint, target, source)))
+        ahead += _nbytes(checkpoint, source)
+        while ahead > _IN_FLIGHT or len(waiting) > _AHEAD:
+            first, where, staged = waiting.popleft()
+            ahead -= _nbytes(checkpoint, where)
+            yield first, where, staged.result()
+    for target, source, staged in waiting:
+        yield target, source, staged.result()
 
 
 def _files(checkpoint: Checkpoint, source: Source) -> set[Path]:
@@ -215,24 +236,34 @@ class _Placer:
         self._widths = (config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim)
         self._shares = None if parallel is None else Shares(parallel)
 
-    def place(self, checkpoint: Checkpoint, target: _Target, source: Source) -> None:
+    def stage(self, checkpoint: Checkpoint, target: _Target, source: Source) -> Any:
+        """Reads a tensor and sends it to its devices, for ``put``; may run in any thread."""
         value = checkpoint.read(source.tensor)
         scale = None
         if checkpoint.tensors[source.tensor].dtype == FP8:
             scale = checkpoint.read(source.tensor + SCALE_SUFFIX)
         leaf = target.leaf
-        part = (leaf.kind, self._widths) if leaf.kind in ("w_uk", "w_uv") else None
+        if self._shares is None:
+            return jax.device_put((value, scale))
+        scaled = target.scale is not None
+        return self._shares.stage(leaf.shape, leaf.axes, source.index, value, scale, scaled, self._part(leaf))
+
+    def put(self, target: _Target, source: Source, staged: Any) -> None:
+        """Writes a staged tensor into its stack, in place."""
         if self._shares is not None:
-            stack = (target.data, target.scale)
-            target.data, target.scale = self._shares.fill(stack, leaf.axes, source.index, value, scale, part)
-        elif target.scale is not None:
+            target.data, target.scale = self._shares.put((target.data, target.scale), staged)
+            return
+        (value, scale), start, part = staged, _start(target.data, source), self._part(target.leaf)
+        if target.scale is not None:
             assert scale is not None
-            start = _start(target.data, source)
             target.data, target.scale = _place(target.data, start, value), _place(target.scale, start, scale)
         elif scale is None and part is None:
-            target.data = _place(target.data, _start(target.data, source), value)
+            target.data = _place(target.data, start, value)
         else:
-            target.data = _place_converted(target.data, _start(target.data, source), value, scale, part)
+            target.data = _place_converted(target.data, start, value, scale, part)
+
+    def _part(self, leaf: Leaf) -> Part | None:
+        return (leaf.kind, self._widths) if leaf.kind in ("w_uk", "w_uv") else None
 
 
 def _start(buffer: jax.Array, source: Source) -> np.ndarray:

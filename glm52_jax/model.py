@@ -16,8 +16,8 @@ from glm52_jax.cache import Cache, Rows, Selection
 from glm52_jax.config import DENSE, FULL, Config
 from glm52_jax.layers.attention import add_attention
 from glm52_jax.layers.indexer import pad_selection
-from glm52_jax.layers.mlp import dense_mlp
-from glm52_jax.layers.moe import moe
+from glm52_jax.layers.mlp import add_dense_mlp, swiglu_mlp
+from glm52_jax.layers.moe import add_moe, mixed
 from glm52_jax.plan import Plan
 from glm52_jax.weights import Weights
 from pallas_kernels import collectives, fp8_linear, norm_quant
@@ -46,12 +46,13 @@ def forward(
     # What the block before has yet to add to x: the sum shares a launch with the norm after it.
     delta: jax.Array | None = None
     selection: Selection | None = None
+    tickets = new_tickets(x.shape[0], plan)
     found: Taps = {}
     for layer in range(config.num_hidden_layers):
         full = config.indexer_types[layer] == FULL
         index_layer = config.full_layers.index(layer) if full else None
         with jax.named_scope(f"layer{layer}"):
-            x, out, cache, selection = add_attention(
+            given = (
                 weights.attention,
                 layer,
                 weights.indexer,
@@ -64,17 +65,18 @@ def forward(
                 config,
                 plan,
             )
-            x = x + attention_sum(out, plan)
-            delta, chosen = _mlp(weights, layer, x, config, plan)
+            with jax.named_scope("attention"):
+                x, out, cache, selection = add_attention(*given)
+            x, delta, chosen, tickets = add_mlp(weights, layer, x, out, tickets, config, plan)
         if taps:
             found[f"hidden.{layer}"] = (x + delta).reshape(batch, width, -1)
             if full:
                 found[f"topk.{layer}"] = pad_selection(selection, config.index_topk)
             if chosen is not None:
                 found[f"experts.{layer}"] = chosen.reshape(batch, width, -1)
-    if delta is not None:
-        x = x + delta
-    x = norm_quant.rms_norm(x, weights.norm, config.rms_norm_eps)
+    with jax.named_scope("head"):
+        x = x if delta is None else x + delta
+        x = norm_quant.rms_norm(x, weights.norm, config.rms_norm_eps)
     return x.reshape(batch, width, -1), cache, found
 
 
@@ -84,14 +86,59 @@ def embed(weights: Weights, tokens: jax.Array, plan: Plan) -> jax.Array:
     return weights.embed[ids].astype(plan.activation)
 
 
-def _mlp(weights: Weights, layer: int, x: jax.Array, config: Config, plan: Plan) -> tuple[jax.Array, jax.Array | None]:
+def add_mlp(
+    weights: Weights,
+    layer: int,
+    x: jax.Array,
+    out: jax.Array | None,
+    tickets: jax.Array,
+    config: Config,
+    plan: Plan,
+) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
+    """Adds attention's ``out``, of which each device has a summand, to the residual stream and applies the layer's MLP.
+
+    tickets: of ``new_tickets``. Returns the stream, the MLP's output (summed, not added yet), the chosen experts of a sparse layer,
+    and the tickets. One device adds and norms in the launch of what follows, several in that of their sum.
+    """
+    alone, eps = plan.parallel is None or plan.parallel.devices == 1, config.rms_norm_eps
     if config.mlp_layer_types[layer] == DENSE:
         dense, index = weights.dense, config.dense_layers.index(layer)
         assert dense is not None
-        return mlp_sum(lambda rows: (dense_mlp(dense, index, rows, config, plan), None), x, plan)
+        with jax.named_scope("dense"):
+            if alone:
+                return *add_dense_mlp(dense, index, x, out, config, plan), None, tickets
+            x, normed = add_sum(x, out, dense.post_norm, index, eps, plan)
+            return x, *mlp_sum(lambda rows: (swiglu_mlp(dense, index, rows, plan), None), normed, plan), tickets
     sparse, index = weights.moe, config.sparse_layers.index(layer)
     assert sparse is not None
-    return mlp_sum(lambda rows: moe(sparse, index, rows, config, plan), x, plan)
+    if alone:
+        return add_moe(sparse, index, x, out, tickets, config, plan)
+
+    def run(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+        nonlocal tickets
+        out, ids, tickets = mixed(sparse, index, rows, tickets, config, plan)
+        return out, ids
+
+    x, normed = add_sum(x, out, sparse.post_norm, index, eps, plan)
+    summed, chosen = mlp_sum(run, normed, plan)
+    return x, summed, chosen, tickets
+
+
+def new_tickets(rows: int, plan: Plan) -> jax.Array:
+    """Zeros on which launches of the router count their programs, for a device's ``rows`` rows: made once for all layers."""
+    share = plan.parallel
+    return jnp.zeros((rows * share.devices if share is not None and share.own_sequences else rows,), jnp.int32)
+
+
+def add_sum(
+    x: jax.Array, out: jax.Array | None, norm: jax.Array, layer: int, eps: float, plan: Plan
+) -> tuple[jax.Array, jax.Array]:
+    """(x + attention of all heads, its norm): in one launch with the sum over the devices, where there is one."""
+    share = plan.parallel
+    if out is not None and share is not None and not share.own_sequences:
+        return collectives.all_reduce_add_norm(out, x, norm, layer, eps, share.axis)
+    x = x if out is None else x + out
+    return x, norm_quant.rms_norm(x, norm[layer], eps)
 
 
 def attention_sum(out: jax.Array, plan: Plan) -> jax.Array:
@@ -117,7 +164,7 @@ def mlp_sum(
         out, chosen = run(x)
         return collectives.all_reduce(out, share.axis), chosen
     out, chosen = run(collectives.all_gather(x, share.axis))
-    first = jax.lax.axis_index(share.axis) * x.shape[0]
+    first = collectives.rank(share.axis) * x.shape[0]
     own = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, first, x.shape[0]), chosen)
     return collectives.reduce_scatter(out, share.axis), own
 
@@ -127,7 +174,8 @@ def logits(weights: Weights, hidden: jax.Array, plan: Plan) -> jax.Array:
     share = plan.parallel
     if share is not None and share.own_sequences:
         hidden = collectives.all_gather(hidden, share.axis)
-    found = fp8_linear.linear(hidden, weights.head, arithmetic=plan.linear, dtype=jnp.float32)
+    with jax.named_scope("head"):
+        found = fp8_linear.linear(hidden, weights.head, arithmetic=plan.linear, dtype=jnp.float32)
     if share is None:
         return found
     # Each device has a part of the vocabulary, for its own rows or for all.

@@ -7,7 +7,9 @@ router, the embedding and the indexer, whose scores are needed whole on every de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from typing import Any
 
@@ -22,6 +24,7 @@ from glm52_jax.plan import Parallel, Plan
 from glm52_jax.weights import Leaf, Weights, weight_leaves
 from pallas_kernels import collectives
 from pallas_kernels.blocks import BLOCK
+from pallas_kernels.collectives import workspace
 
 # Logical axes that are split over all devices, by mode; every other axis is whole.
 RULES: dict[str, frozenset[str]] = {
@@ -113,18 +116,69 @@ def spread[**Args, Out](
 
     in_specs, out_specs: PartitionSpecs, a prefix of the arguments' tree and of the result's. A result that is said to be whole
     must be the same on every device: the model's are, because whatever they are computed from went through a collective.
+    Inside of ``exchanging`` collectives go over peer pointers where they can.
     """
     if parallel is None:
         return run
     # Kernels called through the FFI do not say over which devices their results vary, so JAX cannot check it.
-    return jax.shard_map(run, mesh=parallel.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    shard = partial(jax.shard_map, mesh=parallel.mesh, check_vma=False)
+    split = PartitionSpec(parallel.axis)
+
+    def opened(work: workspace.Workspace, state: workspace.State, *args: Args.args, **more: Args.kwargs) -> Any:
+        with workspace.bound(work, state) as inner:
+            return run(*args, **more), inner.state
+
+    def spreading(*args: Args.args, **more: Args.kwargs) -> Out:
+        box = _PEERS.get()  # Where it is called, not where it was made.
+        if box is None:
+            return shard(run, in_specs=in_specs, out_specs=out_specs)(*args, **more)
+        exchanged = shard(opened, in_specs=(split, split, *in_specs), out_specs=(out_specs, split))
+        out, box.state = exchanged(box.workspace, box.state, *args, **more)
+        return out
+
+    return spreading
+
+
+@contextlib.contextmanager
+def exchanging(work: workspace.Workspace, state: workspace.State) -> Iterator[workspace.Bound]:
+    """While a program is traced: every ``spread`` in it opens this workspace; ``.state`` is what the program must return.
+
+    work: an argument that is not donated; state: one that is. ``glm52_jax.exchange`` keeps both. A jitted function in it would keep
+    its trace, and in that this workspace's tracers: trace the function that it wraps.
+    """
+    token = _PEERS.set(box := workspace.Bound(work, state))
+    try:
+        yield box
+    finally:
+        _PEERS.reset(token)
+
+
+def repeated[Carry](run: Callable[[Carry], Carry], carry: Carry, times: int, loop: bool = True) -> Carry:
+    """Inside ``spread``: ``run`` applied that often, traced once in a loop of the program or once for each time."""
+    if not loop:
+        for _ in range(times):
+            carry = run(carry)
+        return carry
+    if not workspace.opened():
+        return jax.lax.fori_loop(0, times, lambda _, current: run(current), carry)
+    box = workspace.current()
+
+    def again(_: Any, current: tuple[Carry, workspace.State]) -> tuple[Carry, workspace.State]:
+        with workspace.bound(box.workspace, current[1]) as inner:
+            return run(current[0]), inner.state
+
+    carry, box.state = jax.lax.fori_loop(0, times, again, (carry, box.state))
+    return carry
+
+
+_PEERS: contextvars.ContextVar[workspace.Bound | None] = contextvars.ContextVar("peers", default=None)
 
 
 def own_rows(array: jax.Array, rows: int, plan: Plan) -> jax.Array:
     """Inside ``spread``: this device's ``rows`` rows of an array that every device has whole."""
     if plan.parallel is None or not plan.parallel.own_sequences:
         return array
-    return jax.lax.dynamic_slice_in_dim(array, jax.lax.axis_index(plan.parallel.axis) * rows, rows)
+    return jax.lax.dynamic_slice_in_dim(array, collectives.rank(plan.parallel.axis) * rows, rows)
 
 
 def all_tokens(tokens: jax.Array, plan: Plan) -> jax.Array:

@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from glm52_jax import decode, parallel
+from glm52_jax import decode, exchange, parallel
 from glm52_jax.config import Config
-from glm52_jax.decode import DecodeState
+from glm52_jax.decode import NOTHING, DecodeState
 from glm52_jax.plan import Plan
 from glm52_jax.sampling import Sampling, sampling_state
 from glm52_jax.shapes import abstract_state
@@ -30,9 +30,11 @@ from glm52_jax.weights import Weights
 from pallas_kernels import lowering, registry
 from pallas_kernels.arch import Arch
 from pallas_kernels.registry import Choice
+from pallas_kernels.sample_logits import HAS_INF, HAS_NAN
 
-# Rows of a step that programs are compiled for: one query row for each sequence.
+# Rows of a step that programs are compiled for: sequences x query rows of each.
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+_FAULTS = {HAS_NAN: "NaN", HAS_INF: "infinity"}
 
 
 def bucket(rows: int) -> int:
@@ -41,6 +43,12 @@ def bucket(rows: int) -> int:
         if 1 <= rows <= size:
             return size
     raise ValueError(f"{rows=} must lie in 1..{BUCKETS[-1]}, the rows that decode programs are compiled for")
+
+
+def fault(drawn: int) -> str:
+    """What an entry of ``drawn`` says was in a row's logits, such as "NaN"; "" where they were finite."""
+    found = [text for flag, text in _FAULTS.items() if drawn < NOTHING and ~drawn & flag]
+    return " and ".join(found) or ("minus infinity alone" if drawn < NOTHING else "")
 
 
 class State:
@@ -78,11 +86,15 @@ class State:
 class DecodeProgram:
     """One decode step of ``rows`` sequences, compiled for the shapes of these weights.
 
+    Rows of the batch may hold no sequence (``DecodeState.positions``): a smaller batch runs in a larger program.
+
     Args:
       weights: the model's; never donated. config, plan: what the step is traced with.
-      rows: sequences of the batch; any number, ``BUCKETS`` are those that ``generate`` uses.
+      rows: sequences of the batch; any number, ``BUCKETS`` are those that ``generate`` uses (of sequences x query rows).
       pages: pages of 64 tokens in each sequence's block table. pool: pages of the cache, rows * pages unless given.
       dump: a folder for XLA's dump of this executable, for ``audit``.
+      width: query rows of each sequence: its newest token and ``width - 1`` drafts, which ``with_drafts`` sets before each step.
+      logits: whether the state keeps the logits of every row, ``state.arrays.logits``.
 
     The step is traced and compiled once, here; programs of the same shapes share the executable. ``choices`` are the backends that
     it took, in the order of the calls.
@@ -97,18 +109,23 @@ class DecodeProgram:
         pages: int,
         pool: int | None = None,
         dump: Path | None = None,
+        width: int = 1,
+        logits: bool = False,
     ) -> None:
-        if rows < 1 or pages < 1 or rows != parallel.sequences(rows, plan):
-            raise ValueError(f"{rows=} and {pages=} must be positive, and rows divide over the devices of {plan}")
+        if rows < 1 or pages < 1 or width < 1 or rows != parallel.sequences(rows, plan):
+            raise ValueError(
+                f"{rows=}, {pages=} and {width=} must be positive, and rows divide over the devices of {plan}"
+            )
         self.config, self.plan, self.rows, self.pages, self.pool = config, plan, rows, pages, pool or rows * pages
-        self.weights, self.dump = weights, dump
+        self.weights, self.dump, self.width = weights, dump, width
         self.State = type(f"StateOf{rows}Rows", (State,), {"__slots__": ()})
-        self.avals = abstract_state(config, plan, rows, pages, self.pool)
+        self.avals = abstract_state(config, plan, rows, pages, self.pool, width, logits)
         leaves, structure = jax.tree.flatten(weights)
-        sizes = (rows, pages, self.pool, tuple(map(_aval, leaves)), structure, lowering.default_arch())
+        state, sizes = jax.tree.flatten(self.avals)
+        shapes = (tuple(map(_aval, leaves)), structure, tuple(map(_aval, state)), sizes, lowering.default_arch())
         build = _build.__wrapped__ if dump else _build
-        built = build(config, plan, *sizes, dump)
-        self.executable, self._copy, self.choices, self._count = built
+        built = build(config, plan, *shapes, dump)
+        self.executable, self._copy, self._draft, self.choices, self._count = built
 
     @property
     def traces(self) -> int:
@@ -116,7 +133,12 @@ class DecodeProgram:
         return self._count[0]
 
     def adopt(self, arrays: DecodeState) -> State:
-        """Makes a state of arrays, which are the program's from here on; ValueError names those that do not fit."""
+        """Makes a state of arrays, which are the program's from here on; ValueError names those that do not fit.
+
+        Where the program keeps logits and the arrays hold none, they begin as zeros.
+        """
+        if arrays.logits is None:
+            arrays = arrays.replace(logits=self._no_logits())  # type: ignore[attr-defined]
         wrong = [
             f"{jax.tree_util.keystr(path, simple=True, separator='.')} is {array.dtype}{list(array.shape)}, "
             f"not {aval.dtype}{list(aval.shape)}"
@@ -129,18 +151,29 @@ class DecodeProgram:
             )
         return self.State._made(arrays)
 
-    def fresh(self, sampling: Sampling | None = None) -> State:
-        """A state of empty sequences: token 0 at position 0, zeroed caches, sequence b in pages b * pages onward."""
+    def fresh(self, sampling: Sampling | None = None, positions: int = 0) -> State:
+        """A state of sequences that begin: token 0 at position 0, zeroed caches, sequence b in pages b * pages onward.
+
+        positions: -1 for a state without sequences.
+        """
         rows, plan = self.rows, self.plan
         devices = parallel.sequences(1, plan)
         table = np.arange(rows // devices * self.pages, dtype=np.int32).reshape(-1, self.pages)
-        each = (jnp.zeros(rows, jnp.int32), jnp.asarray(np.tile(table, (devices, 1))))
+        each = (jnp.full(rows, positions, jnp.int32), jnp.asarray(np.tile(table, (devices, 1))))
         each = (*each, sampling_state(sampling or Sampling(), rows))
-        positions, table, draws = parallel.place(each, plan, parallel.batch_spec(plan))
-        tokens = parallel.place(jnp.zeros(rows, jnp.int32), plan, PartitionSpec())
-        return self.adopt(
-            DecodeState(tokens, positions, table, parallel.new_cache(self.config, plan, self.pool), draws)
-        )
+        where, table, draws = parallel.place(each, plan, parallel.batch_spec(plan))
+        first = np.full((rows, self.width), NOTHING, np.int32)
+        first[:, 0] = 0
+        drawn = first if positions >= 0 else np.full_like(first, NOTHING)
+        tokens, drawn = parallel.place(tuple(jnp.asarray(a.reshape(-1)) for a in (first, drawn)), plan, PartitionSpec())
+        cache = parallel.new_cache(self.config, plan, self.pool)
+        return self.adopt(DecodeState(tokens, where, table, cache, draws, drawn))
+
+    def _no_logits(self) -> jax.Array | None:
+        aval = self.avals.logits
+        if aval is None:
+            return None
+        return parallel.place(jnp.zeros(aval.shape, aval.dtype), self.plan, parallel.batch_spec(self.plan))
 
     def release(self, state: State) -> DecodeState:
         """The arrays of a state, which is used up: for changing them in place, and adopting them again."""
@@ -155,12 +188,25 @@ class DecodeProgram:
             )
 
     def step(self, state: State) -> State:
-        """Feeds one token of each sequence and draws the next, without waiting; ``state`` is used up."""
+        """Feeds the tokens of each sequence and draws the next, without waiting; ``state`` is used up."""
         self._check(state)
         return self.State._made(self.executable(self.weights, state._taken()))
 
+    def with_drafts(self, state: State, drafts: jax.Array | np.ndarray) -> State:
+        """The state with other drafts, set in place: int32 [rows, width - 1], NOTHING for none; ``state`` is used up.
+
+        ValueError for another shape. The next step feeds them behind each sequence's newest token, and keeps those that the model
+        draws itself.
+        """
+        self._check(state)
+        if drafts.shape != (self.rows, self.width - 1) or drafts.dtype != np.int32:
+            raise ValueError(f"drafts {drafts.dtype}{list(drafts.shape)} must be int32{[self.rows, self.width - 1]}")
+        arrays = state._taken()
+        tokens = self._draft(arrays.tokens, drafts)
+        return self.State._made(arrays.replace(tokens=tokens))  # type: ignore[attr-defined]
+
     def tokens(self, state: State, steps: int, lag: int = 2) -> Iterator[np.ndarray]:
-        """The state's tokens and those of ``steps`` further steps, each int32 [rows].
+        """What the state and each of ``steps`` further steps drew, int32 [rows x width] as ``DecodeState.drawn`` holds it.
 
         lag: while the host reads a step's tokens, so many later ones are queued already. The device runs ahead by no more than
         that: closing the iterator stops it.
@@ -175,40 +221,54 @@ class DecodeProgram:
             yield np.asarray(waiting.popleft())
 
     def copied(self, state: State) -> jax.Array:
-        """The state's tokens as an array that outlives its next step, on its way to the host."""
-        tokens = self._copy(state.arrays.tokens)
-        tokens.copy_to_host_async()
-        return tokens
+        """What the state drew as an array that outlives its next step, on its way to the host."""
+        drawn = self._copy(state.arrays.drawn)
+        drawn.copy_to_host_async()
+        return drawn
 
 
 @functools.lru_cache(maxsize=64)
 def _build(
     config: Config,
     plan: Plan,
-    rows: int,
-    pages: int,
-    pool: int,
-    avals: tuple[jax.ShapeDtypeStruct, ...],
+    weights: tuple[jax.ShapeDtypeStruct, ...],
     structure: Any,
+    state: tuple[jax.ShapeDtypeStruct, ...],
+    sizes: Any,
     arch: Arch | None,
     dump: Path | None,
-) -> tuple[Any, Any, tuple[Choice, ...], list[int]]:
-    """(step, copy of its tokens, choices, [traces]), compiled; kept without weights, so that they can be let go. arch: a key."""
+) -> tuple[Any, Any, Any, tuple[Choice, ...], list[int]]:
+    """(step, copy of what it drew, drafts into tokens, choices, [traces]), compiled; kept without weights, so that they can be let
+    go. arch: a key."""
     count = [0]
 
     def traced(weights: Weights, state: DecodeState) -> DecodeState:
         count[0] += 1
         return inspect.unwrap(decode.decode_step)(weights, state, config=config, plan=plan)
 
-    state = abstract_state(config, plan, rows, pages, pool)
+    given = jax.tree.unflatten(sizes, state)
     with registry.recorded() as found:
-        lowered = jax.jit(traced, donate_argnums=1).lower(jax.tree.unflatten(structure, avals), state)
+        lowered = exchange.Lowered(traced, plan.parallel, jax.tree.unflatten(structure, weights), given)
     options = {"xla_dump_to": str(dump), "xla_dump_hlo_as_text": True} if dump else None
-    step = lowered.compile(compiler_options=options)  # type: ignore[arg-type]
-    # The state's tokens are donated to the next step, so what the host reads is a copy, made outside of the step's graph: an
-    # output of the step itself would alternate addresses, and XLA would update the graph in every step.
-    copy = jax.jit(jnp.copy).lower(state.tokens).compile()
-    return step, copy, tuple(found), count
+    step = lowered.compile(compiler_options=options)
+    # The state is donated to the next step, so what the host reads is a copy, made outside of the step's graph: an output of the
+    # step itself would alternate addresses, and XLA would update the graph in every step.
+    copy = jax.jit(jnp.copy).lower(given.drawn).compile()
+    return step, copy, _drafts(given), tuple(found), count
+
+
+def _drafts(state: DecodeState) -> Any:
+    """Compiled, for states with drafts: (tokens, drafts [batch, width - 1]) -> tokens, in place."""
+    batch, width = state.positions.shape[0], state.tokens.shape[0] // state.positions.shape[0]
+    if width == 1:
+        return None
+
+    def run(tokens: jax.Array, drafts: jax.Array) -> jax.Array:
+        return tokens.reshape(batch, width).at[:, 1:].set(drafts).reshape(-1)
+
+    where = state.tokens.sharding
+    drafts = jax.ShapeDtypeStruct((batch, width - 1), jnp.int32, sharding=where)
+    return jax.jit(run, donate_argnums=0, out_shardings=where).lower(state.tokens, drafts).compile()
 
 
 def programs(

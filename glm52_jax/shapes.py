@@ -26,13 +26,20 @@ from pallas_kernels.registry import Choice
 _NEVER_FP8 = ("head", "mtp.eh_proj")
 
 
-def abstract_state(config: Config, plan: Plan, rows: int, pages: int, pool: int) -> DecodeState:
-    """A DecodeState of shapes, with shardings where the plan has several devices."""
+def abstract_state(
+    config: Config, plan: Plan, rows: int, pages: int, pool: int, width: int = 1, logits: bool = False
+) -> DecodeState:
+    """A DecodeState of shapes, with shardings where the plan has several devices.
+
+    rows: sequences. width: query rows of each. logits: whether it keeps them.
+    """
 
     def make() -> DecodeState:
-        whole = jnp.zeros(rows, jnp.int32)
+        each, every = jnp.zeros(rows, jnp.int32), jnp.zeros(rows * width, jnp.int32)
         table = jnp.zeros((rows, pages), jnp.int32)
-        return DecodeState(whole, whole, table, make_cache(config, plan, pool), sampling_state(Sampling(), rows))
+        kept = jnp.zeros((rows * width, config.vocab_size), jnp.float32) if logits else None
+        draws = sampling_state(Sampling(), rows)
+        return DecodeState(every, each, table, make_cache(config, plan, pool), draws, every, kept)
 
     shapes = jax.eval_shape(make)
     share = plan.parallel
@@ -43,7 +50,8 @@ def abstract_state(config: Config, plan: Plan, rows: int, pages: int, pool: int)
         sharding = NamedSharding(share.mesh, spec)
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), part)
 
-    return jax.tree.map(placed, decode.state_specs(plan), shapes, is_leaf=lambda node: isinstance(node, PartitionSpec))
+    specs = decode.state_specs(plan, logits)
+    return jax.tree.map(placed, specs, shapes, is_leaf=lambda node: isinstance(node, PartitionSpec))
 
 
 def abstract_weights(

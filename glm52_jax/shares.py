@@ -41,6 +41,13 @@ def update(buffer: jax.Array, start: jax.Array, value: jax.Array, here: jax.Arra
     return raw if raw.dtype == buffer.dtype else jax.lax.bitcast_convert_type(raw, buffer.dtype)
 
 
+def contiguous(view: np.ndarray) -> np.ndarray:
+    """The view itself where its rows follow each other, else a copy, made as integers: numpy lets other threads run then."""
+    if view.flags.c_contiguous:
+        return view
+    return np.ascontiguousarray(view.view(f"u{view.itemsize}")).view(view.dtype)
+
+
 @dataclasses.dataclass(frozen=True)
 class _How:
     """How a tensor goes to the devices.
@@ -56,6 +63,16 @@ class _How:
     part: Part | None
 
 
+@dataclasses.dataclass(frozen=True)
+class Staged:
+    """A tensor on the devices, each with its part, and where it goes."""
+
+    start: np.ndarray
+    value: jax.Array
+    scale: jax.Array | None
+    how: _How
+
+
 class Shares:
     """Places tensors on the devices of one mesh."""
 
@@ -64,37 +81,43 @@ class Shares:
         # What devices pass where a tensor is not theirs; goes with this object.
         self._nothing: dict[Any, jax.Array] = {}
 
-    def fill(
+    def stage(
         self,
-        stack: Stack,
+        shape: tuple[int, ...],
         axes: tuple[str, ...],
         index: tuple[int, ...],
         value: np.ndarray,
         scale: np.ndarray | None,
+        scaled: bool,
         part: Part | None,
-    ) -> Stack:
-        """stack with value at ``index``, donated.
+    ) -> Staged:
+        """Sends a tensor on its way to the devices, for ``put``; may run in any thread.
 
-        stack: with scales, ``scale`` goes there; without, it dequantizes value on the way. axes: logical axes of the stack, of
-        which value has those after ``index`` (kv_b: heads, latent). part: the half of kv_b to take.
+        shape, axes: of the stack, with logical axes, of which value has those after ``index`` (kv_b: heads, latent). scaled: the
+        stack keeps scales, else value is dequantized by them. part: the half of kv_b to take.
         """
-        parallel, data = self._parallel, stack[0]
+        parallel = self._parallel
         spec = partition(axes, parallel)
         own = (axes[1], axes[3]) if part is not None else axes[len(index) :]
         how = _How(parallel, spec, partition(own, parallel), parallel.axis in spec[: len(index)], part)
-        start = np.array((*index, *(0,) * (data.ndim - len(index))), np.int32)
+        start = np.array((*index, *(0,) * (len(shape) - len(index))), np.int32)
         if how.owned:
-            owner = index[_EXPERTS] * parallel.devices // data.shape[_EXPERTS]
+            owner = index[_EXPERTS] * parallel.devices // shape[_EXPERTS]
             blocks = None if scale is None else self._only(scale, owner)
-            return _place_shared(stack, start, self._only(value, owner), blocks, how)
-        sliced = PartitionSpec() if stack[1] is None else how.tensor
+            return Staged(start, self._only(value, owner), blocks, how)
+        sliced = how.tensor if scaled else PartitionSpec()
         blocks = None if scale is None else self._slices(scale, sliced)
-        return _place_shared(stack, start, self._slices(value, how.tensor), blocks, how)
+        return Staged(start, self._slices(value, how.tensor), blocks, how)
+
+    @staticmethod
+    def put(stack: Stack, staged: Staged) -> Stack:
+        """stack, donated, with the tensor in its place."""
+        return _place_shared(stack, staged.start, staged.value, staged.scale, staged.how)
 
     def _slices(self, value: np.ndarray, spec: PartitionSpec) -> jax.Array:
         """Each device's slice of the tensor."""
         sharding = NamedSharding(self._parallel.mesh, spec)
-        return jax.make_array_from_callback(value.shape, sharding, lambda where: value[where])
+        return jax.make_array_from_callback(value.shape, sharding, lambda where: contiguous(value[where]))
 
     def _only(self, value: np.ndarray, owner: int) -> jax.Array:
         """[devices, *shape]: the tensor on its owner, something of that shape that is always there on the others."""

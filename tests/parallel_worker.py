@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import os
 import sys
 import tempfile
@@ -17,12 +19,15 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 import glm52_jax
-from glm52_jax import Sampling, decode, parallel, shares
+from glm52_jax import Sampling, decode, exchange, parallel, shares
 from glm52_jax import model as decoder
 from glm52_jax.layers import moe
 from glm52_jax.plan import Parallel
-from pallas_kernels import collectives
+from pallas_kernels import collectives, norm_quant
+from pallas_kernels.collectives import reference, workspace
+from pallas_kernels.collectives.message import Message
 from pallas_kernels.compare import rel_l2
+from pallas_kernels.registry import Backend, Refusal
 from tests import parallel_checks as checks
 
 SAMPLED = Sampling(temperature=0.8, top_p=0.9, seed=5)
@@ -98,7 +103,10 @@ def faults(directory: Path) -> None:
         decode.score_chunk.clear_cache()
         return rel_l2(model.score(ids), want)
 
-    with patched(decoder, "attention_sum", lambda out, plan: out):
+    def alone(x: jax.Array, out: jax.Array, norm: jax.Array, layer: int, eps: float, plan: Any) -> Any:
+        return x + out, norm_quant.rms_norm(x + out, norm[layer], eps)
+
+    with patched(decoder, "add_sum", alone):
         assert error(models["tp"]) > 1e-2
     with patched(decoder, "mlp_sum", lambda run, x, plan: run(x)):
         assert error(models["tp"]) > 1e-2
@@ -162,6 +170,99 @@ def exchanges(directory: Path) -> None:
         run(lambda a: collectives.all_reduce_add_norm(a, a[:2], a, 0, 1e-5, "devices"), x)
 
 
+def peers(directory: Path) -> None:
+    """A program's way to the peers' memory, with XLA's collectives standing in for the kernels: every call has its own epoch."""
+    taken: list[str] = []
+
+    def run(spec: Message, *args: Any) -> Any:
+        box = workspace.current()
+        assert box.workspace.table.shape == (1, spec.devices + 1, 2), "one device's part"
+        taken.append(spec.form)
+        box.state = workspace.State(box.state.epoch + 1, box.state.status)
+        return reference.run(spec, *args)
+
+    def supports(spec: Message, arch: Any) -> Refusal | None:
+        return None if spec.peers else Refusal("no workspace is open")
+
+    model = checks.load(checks.write(directory, checks.FLOAT, "float32"), "tp", 4, dtype="float32")
+    share, ids = model.plan.parallel, np.array([checks.tokens(8)], np.int32)
+    assert share is not None and exchange.of(share) is None, "these are no GPUs"
+    cache = parallel.new_cache(model.config, model.plan, 1)
+    chunk = inspect.unwrap(decode.score_chunk)
+
+    def score(weights: Any, state: Any) -> Any:
+        zero = jnp.zeros(1, jnp.int32)
+        found, cache = chunk(
+            weights, state[0], zero[:, None], ids, zero, zero + 8, config=model.config, plan=model.plan
+        )
+        return cache, found["logits"]
+
+    state = (cache, jnp.zeros((1, 8, model.config.vocab_size)))
+    own = exchange.Exchange(share.mesh)
+    backends = (Backend("triton", supports, lambda: run), *collectives.BACKENDS[1:])
+    with patched(collectives, "BACKENDS", backends), patched(exchange, "of", lambda share: own):
+        step = exchange.Lowered(score, share, model.weights, state).compile()
+        calls = len(taken)
+        # Two sums a layer and the gather of the logits; no other call was traced, and none outside of the program.
+        assert taken.count("all_gather") == 1 and calls == 2 * model.config.num_hidden_layers + 1
+        first = own.state
+        for i in range(1, 4):
+            state = step(model.weights, state)
+            assert np.asarray(own.state.epoch).tolist() == [[1 + i * calls]] * 4
+        assert first.epoch.is_deleted() and not own.work.words.is_deleted()
+        assert rel_l2(np.asarray(state[1])[0], np.asarray(model.score(ids[0]))) < checks.TOLERANCE
+        assert len(taken) == calls
+        # In a loop of the program, traced once, every turn has its epoch; what is spread before the program is traced takes part.
+        split = PartitionSpec(share.axis)
+        twice = parallel.spread(
+            lambda _, x: parallel.repeated(lambda y: collectives.all_reduce(y, share.axis) / 4, x, 5), share,
+            (PartitionSpec(), split), split,
+        )  # fmt: skip
+        before = int(np.asarray(own.state.epoch)[0, 0])
+        doubled = exchange.Lowered(twice, share, jnp.zeros(()), x := jnp.arange(8.0)).compile()(jnp.zeros(()), x)
+        assert len(taken) == calls + 1 and np.asarray(own.state.epoch).tolist() == [[before + 5]] * 4
+        assert np.allclose(doubled, np.tile(np.arange(8.0).reshape(4, 2).mean(0), 4))
+    own.check()
+    own.state = dataclasses.replace(own.state, status=own.state.status.at[2].set(0b1010))
+    with pytest.raises(exchange.PeerMissingError, match="device 2 missed device 1, device 3"):
+        own.check()
+    own.check()
+    assert np.asarray(own.state.epoch).tolist() == [[1]] * 4
+
+
+def benches(directory: Path) -> None:
+    """The benchmarks of several devices on what a CPU can do: every exchange, a sparse layer, a load; figures mean nothing here."""
+    from bench import collectives as exchanges
+    from bench import load, moe_layer
+
+    with patched(exchanges, "ROWS", {form: (4,) for form in exchanges.FORMS}), patched(exchanges, "CALLS", 2):
+        figures = [figure for group in exchanges.cases(exchanges.mesh_of(4), exchanges.FORMS, jobs=2)
+                   for figure in exchanges.measure(group, 1, 1e-4)]  # fmt: skip
+    assert [(f.form, f.backend, f.error) for f in figures] == [(form, "reference", 0.0) for form in exchanges.FORMS]
+    rows = exchanges.table(figures)[2:]
+    assert len(rows) == len(figures) and rows[0].startswith("| all_reduce | 4 | 4 | 49152 |  | ")
+    first = dataclasses.replace(figures[0], backend="triton", us=4.0, error=0.0, whole=True, target_us=5.0)
+    assert exchanges.table([figures[0], first])[-1].endswith("| 5.0 | 0.0e+00 | yes |")
+
+    sizes = {"hidden_size": 256, "num_attention_heads": 4, "q_lora_rank": 128, "kv_lora_rank": 128, "index_topk": 64}
+    sizes |= {"moe_intermediate_size": 256, "n_routed_experts": 8, "num_experts_per_tok": 2}
+    spec = dataclasses.replace(moe_layer.spec_of("ep+dp", 2, 4, **sizes), context=256, room=64)
+    with patched(moe_layer, "REPLAYS", 2):
+        found = moe_layer.measure(
+            spec, moe_layer.make_weights(spec), (moe_layer.LAYER, moe_layer.AROUND), 1e12, 1, 1e-4
+        )
+    assert [(f.part, f.mode, f.rows) for f in found] == [("layer", "ep+dp", 4), ("experts+exchange", "ep+dp", 4)]
+    assert all(f.error == 0 and f.us > 0 and f.bytes > 4 * 256 * 256 for f in found), found
+    assert found[0].bytes > found[1].bytes and len(moe_layer.table(found)) == 4
+
+    small = {"hidden_size": 512, "intermediate_size": 1024, "moe_intermediate_size": 512, "num_attention_heads": 8}
+    written = load.write(directory, load.config_of(8, **small, index_n_heads=4, vocab_size=256))
+    figure = load.measure(directory, "tp", 2, 8, repeats=1)
+    assert figure.bytes == written and figure.gb_s > 0 and 0 < figure.share < 100
+    path = load.FILE.merge(directory / "load.json", [figure], {"date": "now"})
+    assert load.FILE.read(path)[1] == [figure]
+
+
 @contextmanager
 def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
@@ -169,7 +270,8 @@ def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
 
 
-CHECKS: dict[str, Callable[[Path], None]] = {f.__name__: f for f in (floats, blocks, refusals, faults, exchanges)}
+_ALL = (floats, blocks, refusals, faults, exchanges, peers, benches)
+CHECKS: dict[str, Callable[[Path], None]] = {f.__name__: f for f in _ALL}
 
 if __name__ == "__main__":
     assert jax.device_count() == 8, jax.devices()

@@ -36,6 +36,13 @@ SPLIT = """\
     000: kKernel\t, kernel = c
 
 """
+# What XLA of JAX 0.11.2 writes: a graph with its edges.
+GRAPH = """\
+000: kCommandBuffer [source | sink] 
+    001: kCustomKernel [source        | next=002 (1)] loop_dynamic_slice_fusion grid: [48, 1, 1] threads: [128, 1, 1]
+    002: kCustomCall   [prev=001 (1)  | next=003 (1)] kCustomCall
+    003: kCustomCall   [prev=002 (1)  | sink        ] kCustomCall
+"""
 # 2024's form has no numbers.
 OLD = "kCommandBuffer\t\n    kKernel\tx\nkCopy         \t\n"
 LOG = """\
@@ -61,6 +68,10 @@ def test_a_split_graph_names_what_splits_it() -> None:
     graph = audit.graph_of(SPLIT)
     assert not graph.whole and graph.buffers == 2
     assert graph.outside == {"kCopy": 1, "kAllReduceStart": 1, "kAllReduceDone": 1} and graph.inside == {"kKernel": 3}
+    new = audit.graph_of(GRAPH)
+    assert new.whole and new.inside == {"kCustomKernel": 1, "kCustomCall": 2}
+    beside = audit.graph_of(GRAPH + "004: kWhile [prev=000 (1) | sink ] \n    005: kCopy [source | sink] \n")
+    assert not beside.whole and beside.outside == {"kWhile": 1, "kCopy": 1}
     old = audit.graph_of(OLD)
     assert (old.buffers, dict(old.inside), dict(old.outside)) == (1, {"kKernel": 1}, {"kCopy": 1}) and not old.whole
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-from collections import Counter
+import re
 from functools import cache
 from pathlib import Path
 
@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bench import records, report, step, step_command, step_model, step_report, step_stages
+from bench import records, report, step, step_command, step_graph, step_kernels, step_model, step_report
 from bench.step_model import StepSpec, expected_experts, glm52, make_weights
-from glm52_jax import model, shapes
+from glm52_jax import audit, model, shapes
 from glm52_jax.cache import contiguous_table, make_cache, make_rows
 from glm52_jax.config import Config
 from glm52_jax.tiny import tiny_config
 from glm52_jax.weights import Weights
-from pallas_kernels import arch, registry
+from pallas_kernels import arch
 from pallas_kernels.blocks import dequantize
 from tests.configs import GLM52_FP8
 
@@ -121,40 +121,133 @@ def test_a_figure(prepared: step.Prepared) -> None:
     steps.run(10)
     assert np.asarray(steps.state.arrays.positions).tolist() == [74, 74]
     taken = step.timing.Timing(1000.0, 0.1, 10, (1000.0,))
-    figure = step.result(prepared, taken, 1e12, {"attention": 400.0, "rest": 600.0}, "now")
+    kernels = [step_kernels.Kernel("attention", "fp8_linear", "fp8_linear_kernel", 2, 400.0)]
+    figure = step.result(prepared, taken, 1e12, kernels, "1 command buffers", "now")
     assert np.asarray(steps.state.arrays.positions).tolist() == [64 + SPEC.room] * 2
     assert [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(steps.state.arrays.cache)] == before
     assert figure.bound_us == pytest.approx(figure.bytes / 1e6, abs=0.01)
     assert figure.percent_of_bound == pytest.approx(figure.bound_us / 10, abs=0.1)
     assert figure.tokens_s == 2000.0 and 0 < figure.p50_us <= figure.p99_us and figure.dispatch_us > 0
     assert figure.backends["sparse_mla"] == "reference" and "batch 2, context 64: 1.000 ms" in step.line(figure)
+    assert figure.stages_us == {"attention": 400.0, "between kernels": 600.0} and figure.run == "now"
+    assert figure.kernels[0]["launches"] == 2 and "audit 1 command buffers" in step.line(figure)
     with pytest.raises(ValueError, match="steps=41 do not fit behind 64 tokens"):
         steps.run(41)
 
 
-def test_stages_add_up_and_leave_the_state_alone(prepared: step.Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step.timing, "_ROUND_SECONDS", 1e-3)
-    monkeypatch.setattr(step.timing.measure, "__defaults__", (1, 1e-3))
-    split = step_stages.split(prepared, 5000.0, 1)
-    assert list(split) == ["indexer", "attention", "dense", "experts", "head, sampling", "rest"]
-    assert sum(split.values()) == pytest.approx(5000.0, abs=0.1)
-    assert all(us > 0 for name, us in split.items() if name != "rest")
-    prepared.steps.run(3)
-    assert np.asarray(prepared.steps.state.arrays.positions).tolist() == [67, 67]
+# An optimized module of XLA's for GPUs: two fusions, one of them twice under one kernel, and three calls of ours.
+HLO = """\
+HloModule jit_traced, is_scheduled=true
+
+%fused (p: f32[8]) -> f32[8] {
+  ROOT %x = f32[8]{0} fusion(%p), kind=kLoop, calls=%g, metadata={op_name="jit(traced)/no kernel of its own"}
+}
+
+ENTRY %main (a: bf16[9,8]) -> s32[1] {
+  %a = bf16[9,8]{1,0} parameter(0)
+  %loop.slice-fusion = bf16[1,8]{1,0} fusion(%a), kind=kLoop, calls=%f, metadata={op_name="jit(traced)/gather"}
+  %mpmd_map.1 = (bf16[1,8]{1,0}, bf16[4]{0}) custom-call(%b), custom_call_target="mosaic_gpu_v2", \
+metadata={op_name="jit(traced)/layer0/attention/mla_out.triton/fp8_linear.mosaic_sm90/call" stack_frame_id=1}, backend_config={}
+  %call.2 = f32[2]{0} custom-call(%c), custom_call_target="triton_kernel_call_ffi", \
+metadata={op_name="jit(traced)/layer0/attention/indexer/top_k.gluon/call"}
+  %tuple.3 = (f32[1]{0}, u8[4]{0}) custom-call(%d), custom_call_target="Other"
+  %call.4 = f32[2]{0} custom-call(%c), custom_call_target="triton_kernel_call_ffi", \
+metadata={op_name="jit(traced)/layer1/attention/indexer/top_k.gluon/call"}
+  ROOT %gemm_fusion = s32[1]{0} fusion(%a), kind=kCustom, calls=%h, metadata={op_name="jit(traced)/head/fp8_linear.reference/dot"}
+}
+"""
 
 
-def test_stages_run_every_operation_of_the_step(prepared: step.Prepared) -> None:
-    """Each call of the step is made by some stage, as often and with the same sizes."""
-    program = prepared.steps.program
-    state = program.avals
-    carry = jax.eval_shape(lambda s: step_stages.first_carry(SPEC, s), state)
-    with registry.recorded() as found:
-        for stage in step_stages.stages_of(SPEC).values():
-            jax.eval_shape(lambda w, c, stage=stage: stage(SPEC, w, c), SPEC.shapes(), carry)
-    both = [Counter(choice.operation for choice in choices) for choices in (found, program.choices)]
-    for operation in ("index_keys", "mqa_logits", "top_k", "mla_front", "sparse_mla", "mla_out", "router", "experts"):
-        assert both[0][operation] == both[1][operation] > 0, operation
-    assert both[0]["fp8_linear"] == both[1]["fp8_linear"]
+def step_events(start: int) -> list[tuple[int, str, float]]:
+    names = ("loop_slice_fusion", "fp8_linear_mosaic_gpu_kernel", "row_kernel", "row_kernel", "gemm_fusion")
+    return [(start + i, name, 1.0 + i) for i, name in enumerate(names)] + [(start + 9, "void cublas::sum<float>", 0.5)]
+
+
+def test_kernels_of_a_step_by_operation() -> None:
+    found = step_kernels.kernels([*step_events(100), *step_events(0)], HLO, 2)
+    told = {(k.stage, k.what, k.kernel): (k.launches, k.us) for k in found}
+    assert told == {
+        ("attention", "mla_out/fp8_linear bf16[1,8]", "fp8_linear_mosaic_gpu_kernel"): (1, 2.0),
+        ("indexer", "top_k f32[2]", "row_kernel"): (2, 7.0),
+        ("head", "fp8_linear s32[1]", "gemm_fusion"): (1, 5.0),
+        ("rest", "bf16[1,8]", "loop_slice_fusion"): (1, 1.0),
+        ("rest", "", "void cublas::sum<float>"): (1, 0.5),
+    }
+    stages = step_kernels.stages(found, 20.0)
+    assert stages == {"attention": 2.0, "indexer": 7.0, "head": 5.0, "rest": 1.5, "between kernels": 4.5}
+    assert sum(stages.values()) == 20.0
+    assert "indexer         2 x    3.50 =       7.0 us  top_k f32[2]" in step_kernels.lines(found)[1]
+    with pytest.raises(
+        ValueError, match="5 launches in 2 steps of 3 calls of our kernels: fp8_linear_mosaic_gpu_kernel, row"
+    ):
+        step_kernels.kernels([*step_events(0), *step_events(100)[:3]], HLO, 2)
+
+
+def test_a_profile_holds_the_kernels_of_step_programs() -> None:
+    text = """
+    planes {
+      name: "/device:GPU:0"
+      lines {
+        name: "Stream #1" timestamp_ns: 1000
+        events { metadata_id: 1 offset_ps: 3000 duration_ps: 2000000 stats { metadata_id: 1 str_value: "jit_traced" } }
+        events { metadata_id: 2 offset_ps: 1000 duration_ps: 1000000 stats { metadata_id: 1 str_value: "jit__rewound" } }
+      }
+      event_metadata { key: 1 value { id: 1 name: "row_kernel" } }
+      event_metadata { key: 2 value { id: 2 name: "copy" } }
+      stat_metadata { key: 1 value { id: 1 name: "hlo_module" } }
+    }
+    planes { name: "/host:CPU" lines { name: "python" events { metadata_id: 1 duration_ps: 5000 } } }
+    """
+    data = jax.profiler.ProfileData.from_serialized_xspace(
+        jax.profiler.ProfileData.text_proto_to_serialized_xspace(text)
+    )
+    assert step_kernels.events_of(data) == [(1003, "row_kernel", 2.0)]
+
+
+def test_the_scopes_of_the_step_name_its_stages(prepared: step.Prepared) -> None:
+    """Every operation that the step calls lies in a stage, in the compiled text as on a GPU."""
+    text = prepared.steps.program.executable.as_text()
+    scopes = set(re.findall(r'op_name="([^"]*)"', text))
+    found = {(launch.stage, launch.what) for scope in scopes if (launch := step_kernels._launch(scope, "")).what}
+    assert {stage for stage, _ in found} == {"attention", "indexer", "dense", "router", "experts", "head", "sampling"}
+    operations = {choice.operation for choice in prepared.steps.program.choices}
+    assert operations <= {name for _, what in found for name in what.split("/")}
+
+
+def test_a_gpu_as_xla_wants_it_told() -> None:
+    text = step_graph.described(arch.by_name("H200-141"))
+    for field in (
+        "core_count: 132 ",
+        "l2_cache_size: 52428800 ",
+        "shared_memory_per_block_optin: 232448 ",
+        "major: 9 minor: 0 ",
+    ):
+        assert field in text
+    assert text.count("{") == text.count("}") and "ACCELERATED_FEATURES" in text
+    assert "ACCELERATED_FEATURES" not in step_graph.described(arch.by_name("A100-80"))
+
+
+def test_a_graph_needs_a_compiler_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from jax.experimental import topologies
+
+    def missing(*args: object, **options: object) -> None:
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", missing)
+    parser = argparse.ArgumentParser()
+    step_command.add_graph_options(parser)
+    with pytest.raises(ValueError, match="H200-141 needs JAX's CUDA plugin"):
+        step_command.graph(parser.parse_args(["--layers", "4"]))
+
+
+def test_a_graph_is_told_by_stage() -> None:
+    ours, xla = step_kernels.launches(HLO)
+    graph = audit.graph_of("000: kCommandBuffer [source | sink]\n    001: kCustomCall [source | sink] kCustomCall\n")
+    lines = step_graph.StepGraph(graph, ours, xla, audit.not_graphable(HLO), 1.0, 2.0).lines()
+    assert lines[0].startswith(
+        "1 command buffers with 1 thunks {'kCustomCall': 1}, outside {}; splitting: nothing; lowered in 1 s"
+    )
+    assert "    indexer         2 x top_k f32[2]" in lines and len(lines) == 5
 
 
 def figure_of(rows: int, context: int, us: float) -> step.Step:
@@ -195,6 +288,13 @@ def test_options() -> None:
     for arguments in (("--rank",), ("--devices", "2"), ("--rows", "0")):
         with pytest.raises(ValueError, match="="):
             step_command.specs(options(*arguments))
+
+
+def test_a_sweep_looks_at_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step.timing.Repeat.warm_up, "__defaults__", (1e-3,))
+    monkeypatch.setattr(step.timing.measure, "__defaults__", (1, 1e-3))
+    (figure,) = step.sweep(SPEC, [2], [64], 1e12, rounds=1, audits=True, say=lambda text: None)
+    assert figure.graph.startswith("ok over 40 steps; traces: 1;") and figure.stages_us == {}
 
 
 def test_only_plans_of_one_model_are_compared() -> None:

@@ -14,6 +14,7 @@ import glm52_jax
 from glm52_jax.cli import common, main
 from glm52_jax.cli.generate import Statistics, sampling_options
 from glm52_jax.cli.make_tiny import tiny_config, write_tiny
+from glm52_jax.generate import NotFiniteError
 from glm52_jax.tiny_tokenizer import tiny_eos_ids
 from glm52_jax.tokenizer import Tokenizer
 
@@ -27,6 +28,7 @@ class FakeModel:
     def __init__(self, answer: list[int] | None = None, interrupt_after: int | None = None) -> None:
         self.config = SimpleNamespace(eos_token_ids=(7,), vocab_size=VOCAB)
         self.answer, self.interrupt_after = answer or [], interrupt_after
+        self.broken: Exception | None = None
         self.load_options: dict = {}
         self.asked: dict = {}
 
@@ -45,6 +47,8 @@ class FakeModel:
             if i == self.interrupt_after:
                 raise KeyboardInterrupt
             yield SimpleNamespace(sequence=0, id=token, finished=False)
+        if self.broken:
+            raise self.broken
 
     def score(self, ids, taps=False):
         logits = np.arange(len(ids) * VOCAB, dtype=np.float32).reshape(len(ids), VOCAB)
@@ -175,6 +179,19 @@ class TestGenerate:
         assert out == "Gr\n"
         assert "2 new tokens, interrupted" in err and "Traceback" not in err
 
+    def test_logits_that_are_not_finite(self, checkpoint, fake, capsys):
+        fake.answer, fake.broken = [*b"ab"], NotFiniteError({0: (2, "NaN")})
+        assert main(["generate", str(checkpoint), "--prompt", "Hi"]) == 2
+        out, err = capsys.readouterr()
+        assert out == "ab\n" and "2 new tokens, broken off" in err and "Traceback" not in err
+        assert "glm52: error: logits are not finite: sequence 0 ended at its new token 2: NaN" in err
+
+    def test_verbose_says_what_loading_and_compiling_took(self, checkpoint, fake, capsys):
+        run("generate", checkpoint, "--prompt", "Hi", "--verbose")
+        err = capsys.readouterr().err
+        assert re.search(r"^loaded in \d+\.\d s$", err, re.M)
+        assert re.search(r"^compiled 0 programs in 0\.0 s, none kept for the next start$", err, re.M)
+
     def test_a_fault_of_the_program_keeps_its_traceback(self, checkpoint, fake, capsys):
         fake.answer = ["not an id"]
         with pytest.raises(TypeError):
@@ -210,6 +227,8 @@ class TestSampling:
             == "prompt 3 tokens, first token after 10.00 s, second after 20.00 s, 4 new tokens, 2.0 tok/s after the second, done"
         )
         assert "tok/s" not in Statistics(3, [10.0, 20.0]).line("done")
+        line = Statistics(3, [10.0, 20.0], compiled=9.25).line("done")
+        assert "first token after 10.00 s (9.25 s of it compiling), second after 20.00 s" in line
 
 
 class TestBadRequests:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 EIGHT = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
 
 
-@pytest.mark.parametrize("check", ["floats", "blocks", "faults", "refusals", "exchanges"])
+@pytest.mark.parametrize("check", ["floats", "blocks", "faults", "refusals", "exchanges", "peers", "benches"])
 def test_on_eight_devices(check: str) -> None:
     env = os.environ | {"XLA_FLAGS": EIGHT}
     command = [sys.executable, "-W", "error", "-m", "tests.parallel_worker", check]

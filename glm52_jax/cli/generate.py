@@ -16,7 +16,8 @@ import typer
 from glm52_jax.cli import common, make_tiny, several
 
 if TYPE_CHECKING:
-    from glm52_jax.generate import Model
+    from glm52_jax.compile_cache import Compiling
+    from glm52_jax.generate import Model, Token
     from glm52_jax.sampling import Sampling
     from glm52_jax.tokenizer import Tokenizer
 
@@ -49,6 +50,7 @@ def generate(
     min_p: Annotated[float | None, typer.Option("--min-p", min=0.0, max=1.0)] = None,
     seed: Annotated[int, typer.Option("--seed", help="Same seed, same text.")] = 0,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the ids that end a reply.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Also say what loading and compiling took.")] = False,
     dtype: common.DTypeOption = "bfloat16",
     weights: common.WeightsOption = "checkpoint",
     cache: common.CacheOption = "auto",
@@ -87,8 +89,11 @@ def generate(
     group = several.Several(parallel, devices, coordinator, process_id, num_processes)
     with group.running():
         group.agree(ids, sampling, max_new_tokens, stop_ids, options)
+        start = time.perf_counter()
         model = common.load_model(directory, **options, several=group)
-        stream(model, tokenizer, ids, max_new_tokens, sampling, stop_ids)
+        if verbose:
+            common.note(f"loaded in {time.perf_counter() - start:.1f} s")
+        stream(model, tokenizer, ids, max_new_tokens, sampling, stop_ids, verbose)
 
 
 @dataclass(frozen=True)
@@ -161,19 +166,20 @@ def sampling_options(defaults: Mapping[str, Any], flags: Mapping[str, float | in
 
 @dataclass
 class Statistics:
-    """When the tokens of one generation came, in seconds from its start.
+    """When the tokens of one generation came, in seconds from its start; compiled: seconds of compiling before the first came.
 
     The first two carry the compilation of prefill and of the decode step, so the rate is that of the tokens after them.
     """
 
     prompt_tokens: int
     times: list[float] = field(default_factory=list)
+    compiled: float = 0.0
 
     def line(self, ending: str) -> str:
         parts = [f"prompt {self.prompt_tokens} tokens"]
-        parts += [
-            f"{what} after {time:.2f} s" for what, time in zip(("first token", "second"), self.times, strict=False)
-        ]
+        for what, seconds in zip(("first token", "second"), self.times, strict=False):
+            own = f" ({self.compiled:.2f} s of it compiling)" if what == "first token" and self.compiled else ""
+            parts.append(f"{what} after {seconds:.2f} s{own}")
         parts.append(f"{len(self.times)} new tokens")
         if len(self.times) > 2 and self.times[-1] > self.times[1]:
             parts.append(f"{(len(self.times) - 2) / (self.times[-1] - self.times[1]):.1f} tok/s after the second")
@@ -187,26 +193,61 @@ def stream(
     max_new_tokens: int,
     sampling: Sampling,
     stop_ids: Sequence[int] | None,
+    verbose: bool = False,
 ) -> None:
-    """Generates to stdout, then prints the statistics to stderr, also after Ctrl-C, which is raised again."""
-    decoder, statistics, ending = tokenizer.stream(), Statistics(len(ids)), "stopped by --max-new-tokens"
+    """Generates to stdout, then prints the statistics to stderr, also after Ctrl-C, which is raised again.
+
+    CliError where the logits were not finite; the text up to there is written.
+    """
+    from glm52_jax.compile_cache import Compiling
+    from glm52_jax.generate import NotFiniteError
+
+    statistics, ending = Statistics(len(ids)), "stopped by --max-new-tokens"
     stops = frozenset(model.config.eos_token_ids if stop_ids is None else stop_ids)
-    start = time.perf_counter()
     with common.refusals():
         tokens = model.generate(ids, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stop_ids)
-    try:
-        with _writing() as write:
-            for token in tokens:
-                statistics.times.append(time.perf_counter() - start)
-                if token.id in stops:
-                    ending = "stopped by an end-of-text id"
-                    break
-                write(decoder.push(token.id))
-            write(decoder.flush())
-    except KeyboardInterrupt:
-        common.note(statistics.line("interrupted"))
-        raise
-    common.note(statistics.line(ending))
+    with Compiling() as compiling:
+
+        def tell(ending: str) -> None:
+            common.note(statistics.line(ending))
+            if verbose:
+                common.note(_compiled(compiling))
+
+        try:
+            if _written(tokens, tokenizer, statistics, stops, compiling):
+                ending = "stopped by an end-of-text id"
+        except KeyboardInterrupt:
+            tell("interrupted")
+            raise
+        except NotFiniteError as error:
+            tell("broken off")
+            raise common.CliError(str(error)) from error
+        tell(ending)
+
+
+def _written(
+    tokens: Iterator[Token], tokenizer: Tokenizer, statistics: Statistics, stops: frozenset[int], compiling: Compiling
+) -> bool:
+    """Writes tokens as they come and notes when they do; whether one of ``stops`` ended them."""
+    decoder, start, stopped = tokenizer.stream(), time.perf_counter(), False
+    with _writing() as write:
+        for token in tokens:
+            if not statistics.times:
+                statistics.compiled = compiling.seconds
+            statistics.times.append(time.perf_counter() - start)
+            if stopped := token.id in stops:
+                break
+            write(decoder.push(token.id))
+        write(decoder.flush())
+    return stopped
+
+
+def _compiled(compiling: Compiling) -> str:
+    import jax
+
+    folder = jax.config.jax_compilation_cache_dir
+    kept = f", {compiling.from_cache} of them read from {folder}" if folder else ", none kept for the next start"
+    return f"compiled {compiling.programs} programs in {compiling.seconds:.1f} s{kept}"
 
 
 @contextlib.contextmanager

@@ -79,7 +79,8 @@ def add_attention(
     )
     keys = cache.index_keys
     if index_layer is not None:
-        selection, keys = indexer.select(index_weights, index_layer, latent, normed, keys, rows, config, plan)
+        with jax.named_scope("indexer"):
+            selection, keys = indexer.select(index_weights, index_layer, latent, normed, keys, rows, config, plan)
     if selection is None:
         raise ValueError(f"{layer=} shares a selection but no full layer ran before it")
     context, _ = sparse_mla.attend(

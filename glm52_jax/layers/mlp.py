@@ -24,5 +24,10 @@ def add_dense_mlp(
         normed = norm_quant.rms_norm(x, weights.post_norm[layer], config.rms_norm_eps)
     else:
         x, normed = norm_quant.add_norm(x, delta, weights.post_norm, layer, config.rms_norm_eps)
+    return x, swiglu_mlp(weights, layer, normed, plan)
+
+
+def swiglu_mlp(weights: DenseWeights, layer: int, normed: jax.Array, plan: Plan) -> jax.Array:
+    """``dense_mlp`` of rows that are normed already."""
     hidden = fp8_linear.swiglu(normed, weights.gate_up, (layer,), arithmetic=plan.linear)
-    return x, fp8_linear.linear(hidden, weights.down, (layer,), arithmetic=plan.linear)
+    return fp8_linear.linear(hidden, weights.down, (layer,), arithmetic=plan.linear)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from glm52_jax.config import Config
 from glm52_jax.plan import Plan
 from glm52_jax.weights import MoeWeights
-from pallas_kernels import experts, norm_quant, router
+from pallas_kernels import collectives, experts, router
 
 
 def moe(weights: MoeWeights, layer: int, x: jax.Array, config: Config, plan: Plan) -> tuple[jax.Array, jax.Array]:
@@ -17,17 +17,63 @@ def moe(weights: MoeWeights, layer: int, x: jax.Array, config: Config, plan: Pla
     ``layer`` counts sparse layers. Returns [rows, hidden], of which each device of a mesh has a summand, and the chosen experts
     int32 [rows, k], which every device knows.
     """
-    x = norm_quant.rms_norm(x, weights.post_norm[layer], config.rms_norm_eps)
-    ids, mixture = router.route(
+    return add_moe(weights, layer, x, None, jnp.zeros((x.shape[0],), jnp.int32), config, plan)[1:3]
+
+
+def add_moe(
+    weights: MoeWeights,
+    layer: int,
+    x: jax.Array,
+    delta: jax.Array | None,
+    tickets: jax.Array,
+    config: Config,
+    plan: Plan,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Adds the block before (``delta`` [rows, hidden], or None) to the residual stream, norms, routes and applies ``moe``.
+
+    tickets: int32 [rows], zeros, of the router. Returns the stream with delta added, this layer's output (not added yet), the
+    chosen experts, and the tickets.
+    """
+    x, normed, ids, mixture, tickets = _routed(weights, layer, x, delta, weights.post_norm, tickets, config)
+    return x, _mixed(weights, layer, normed, ids, mixture, plan), ids, tickets
+
+
+def mixed(
+    weights: MoeWeights, layer: int, normed: jax.Array, tickets: jax.Array, config: Config, plan: Plan
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``moe`` of rows that are normed already: the output, the chosen experts, and the tickets."""
+    _, _, ids, mixture, tickets = _routed(weights, layer, normed, None, None, tickets, config)
+    return _mixed(weights, layer, normed, ids, mixture, plan), ids, tickets
+
+
+def _routed(
+    weights: MoeWeights,
+    layer: int,
+    x: jax.Array,
+    delta: jax.Array | None,
+    norm: jax.Array | None,
+    tickets: jax.Array,
+    config: Config,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    return router.add_norm_route(
         x,
+        delta,
+        norm,
         weights.router,
         weights.router_bias,
         layer,
+        tickets,
+        eps=config.rms_norm_eps,
         k=config.num_experts_per_tok,
         scale=config.routed_scaling_factor,
     )
-    out = experts.mix(
-        x,
+
+
+def _mixed(
+    weights: MoeWeights, layer: int, normed: jax.Array, ids: jax.Array, mixture: jax.Array, plan: Plan
+) -> jax.Array:
+    return experts.mix(
+        normed,
         _placed_here(ids, weights.gate_up.shape[1], plan),
         mixture,
         weights.gate_up,
@@ -37,12 +83,11 @@ def moe(weights: MoeWeights, layer: int, x: jax.Array, config: Config, plan: Pla
         layer,
         arithmetic=plan.linear,
     )
-    return out, ids
 
 
 def _placed_here(ids: jax.Array, experts: int, plan: Plan) -> jax.Array:
     """Ids counted from this device's first expert of ``experts``, -1 for experts of other devices."""
     if plan.parallel is None or not plan.parallel.whole_experts:
         return ids
-    local = ids - jax.lax.axis_index(plan.parallel.axis) * experts
+    local = ids - collectives.rank(plan.parallel.axis) * experts
     return jnp.where((local >= 0) & (local < experts), local, -1)

@@ -1,7 +1,8 @@
 """Collectives over one axis of a device mesh, called inside ``jax.shard_map``.
 
 Every sum and exchange between the devices of a model goes through this folder. ``axis`` is the name of the mesh axis; every device
-of it makes the same calls in the same order, with operands of the same shape.
+of it makes the same calls in the same order, with operands of the same shape. The kernels serve where a workspace is open
+(``workspace.bound``), XLA's collectives everywhere else.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def all_reduce(x: jax.Array, axis: str, *, backend: str | None = None) -> jax.Ar
     Outputs: x's shape and dtype, the same bits on every device.
     Rounding points: summands are widened to float32 and added in it, in an order that depends on the number of devices but not on
       the device that asks; one rounding at the end.
-    Refuses: nothing. Graph-safe: the reference is not (XLA's collectives split a CUDA graph).
+    Refuses: nothing. Graph-safe: the kernels are, the reference is not (XLA's collectives split a CUDA graph).
     Bound: 12 KB a row at GLM's width: latency, not bytes.
     """
     return _call(ALL_REDUCE, axis, x, (), backend=backend)
@@ -101,7 +102,18 @@ def all_to_all(x: jax.Array, axis: str, split: int, into: int, *, backend: str |
     return _call(ALL_TO_ALL, axis, x, (), dim=split % x.ndim, into=into % x.ndim, backend=backend)
 
 
+def rank(axis: str) -> jax.Array:
+    """This device's number along the axis, int32 scalar: ``lax.axis_index``, or what the open workspace holds, which is data.
+
+    Graph-safe: with a workspace; XLA's own number is an operation that splits a CUDA graph.
+    """
+    if not workspace.opened():
+        return jax.lax.axis_index(axis)
+    return workspace.current().workspace.table[0, -1, 0].astype(jnp.int32)
+
+
 def _call(form: Form, axis: str, x: jax.Array, more: tuple[Any, ...], *, backend: str | None, **fields: Any) -> Any:
+    fields["peers"] = workspace.opened()
     spec = Message(form, x.shape, x.dtype.name, jax.lax.axis_size(axis), **fields)
     if form in (REDUCE_SCATTER, ALL_TO_ALL) and x.shape[spec.dim] % spec.devices:
         raise ValueError(f"{form} of {x.shape}: dimension {spec.dim} must divide by {spec.devices} devices")
@@ -109,6 +121,6 @@ def _call(form: Form, axis: str, x: jax.Array, more: tuple[Any, ...], *, backend
 
 
 BACKENDS = (
-    Backend("triton", workspace.supports, Module("pallas_kernels.collectives.triton"), on_request="never run on a GPU"),
+    Backend("triton", workspace.supports, Module("pallas_kernels.collectives.triton")),
     Backend("reference", always, Module("pallas_kernels.collectives.reference")),
 )

@@ -18,6 +18,7 @@ class Message:
 
     form: which collective. shape, dtype: of the operand on one device. devices: along the axis. dim: the dimension along which
     devices' parts are joined or split (``all_to_all``: split), ``into`` the one along which ``all_to_all`` joins. eps: of the norm.
+    peers: whether a workspace is open where the call is traced.
     """
 
     form: Form
@@ -27,6 +28,7 @@ class Message:
     dim: int = 0
     into: int = 0
     eps: float = 0.0
+    peers: bool = True
 
     def nbytes(self) -> int:
         """Bytes of the operand on one device."""

@@ -14,10 +14,13 @@ import jax_triton
 import triton
 import triton.language as tl
 
+from pallas_kernels import slim_triton
 from pallas_kernels.collectives import workspace
 from pallas_kernels.collectives.message import ADD_NORM, ALL_GATHER, ALL_TO_ALL, REDUCE_SCATTER, Message
 from pallas_kernels.collectives.workspace import PARTIALS, UNIT_PAYLOAD, Bound, State, Workspace
 from pallas_kernels.lowering import triton_options
+
+slim_triton.install()
 
 # $0 unused, $1 address, $2 and $3 payload, $4 epoch, $5 live.
 _PUSH: tl.constexpr = tl.constexpr("""{
@@ -125,11 +128,16 @@ def row_square_sum(square, area, row, part, epoch, status, PARTS: tl.constexpr, 
     if PARTS == 1:
         return square
     bits = square.to(tl.uint32, bitcast=True)
-    own = area + (row * PARTS + part) * 16
-    tl.inline_asm_elementwise(
-        _PUSH, _PUSH_CONSTRAINTS, [own, bits, bits, epoch, 1], dtype=tl.uint32, is_pure=False, pack=1
-    )
     index = tl.arange(0, PADDED)
+    own = area + (row * PARTS + part) * 16 + 0 * index
+    tl.inline_asm_elementwise(
+        _PUSH,
+        _PUSH_CONSTRAINTS,
+        [own, bits, bits, epoch, (index == 0).to(tl.int32)],
+        dtype=tl.uint32,
+        is_pure=False,
+        pack=1,
+    )
     inside = index < PARTS
     answer = tl.inline_asm_elementwise(
         TEXT, CONSTRAINTS, [area + (row * PARTS + index) * 16, epoch, inside.to(tl.int32)], dtype=_TYPES1, is_pure=False,
@@ -142,19 +150,14 @@ def row_square_sum(square, area, row, part, epoch, status, PARTS: tl.constexpr, 
 
 @triton.jit
 def add_norm(
-    words, missed, residual, weight, layer, out, normed, area, row, part, first, second, both, epoch, status,
+    words, missed, held, out, normed, area, row, part, first, second, both, epoch, status,
     WORDS: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr, EPS: tl.constexpr, WORLD: tl.constexpr, TEXT: tl.constexpr,
     CONSTRAINTS: tl.constexpr,
 ):  # fmt: skip
-    """Sum, residual and the norm of one block's part of a row; a unit is four bfloat16."""
-    r0, r1 = tl.load(residual + first, mask=both, other=0), tl.load(residual + first + 1, mask=both, other=0)
-    column = 2 * (first - row * WORDS)
-    gain = weight + tl.load(layer).to(tl.int64) * (2 * WORDS) + column
-    w0, w1 = tl.load(gain, mask=both, other=0.0), tl.load(gain + 1, mask=both, other=0.0)
-    w2, w3 = tl.load(gain + 2, mask=both, other=0.0), tl.load(gain + 3, mask=both, other=0.0)
+    """Sum, residual and the norm of one block's part of a row; a unit is four bfloat16. held: two words of residual, four gains."""
     a, b = total(words, 0, WORLD, missed, True)
     c, d = total(words, 1, WORLD, missed, True)
-    h0, h1 = pack(a + low(r0), b + high(r0)), pack(c + low(r1), d + high(r1))
+    h0, h1 = pack(a + low(held[0]), b + high(held[0])), pack(c + low(held[1]), d + high(held[1]))
     tl.store(out + first, h0, mask=both)
     tl.store(out + second, h1, mask=both)
     # Of the rounded sum, as the reference does.
@@ -162,8 +165,8 @@ def add_norm(
     square = tl.sum(tl.where(both, (a * a + b * b) + (c * c + d * d), 0.0), 0)
     square = row_square_sum(square, area, row, part, epoch, status, PARTS, PADDED, TEXT, CONSTRAINTS)
     scale = tl.rsqrt(square / (2 * WORDS) + EPS)
-    n0 = pack(a * scale * w0.to(tl.float32), b * scale * w1.to(tl.float32))
-    n1 = pack(c * scale * w2.to(tl.float32), d * scale * w3.to(tl.float32))
+    n0 = pack(a * scale * held[2].to(tl.float32), b * scale * held[3].to(tl.float32))
+    n1 = pack(c * scale * held[4].to(tl.float32), d * scale * held[5].to(tl.float32))
     tl.store(normed + first, n0, mask=both)
     tl.store(normed + second, n1, mask=both)
 
@@ -182,9 +185,14 @@ def exchange_kernel(
     """
     block = tl.program_id(0)
     row, part = block // PARTS, block % PARTS
+    epoch = tl.load(epoch_in)
     peers = table.to(tl.pointer_type(tl.int64), bitcast=True)
     rank = tl.load(peers + WORLD).to(tl.int32)
-    epoch = tl.load(epoch_in)
+    # All of them before the first push: loads and the embedded stores stay in the order they are written in.
+    bases = ()
+    for r in tl.static_range(WORLD):
+        bases += (tl.load(peers + r),)
+    number = tl.load(layer).to(tl.int64) if NORM else 0
     # A row's units are counted by themselves, so that the last one of a row may be half full.
     index = part * BLOCK + tl.arange(0, BLOCK)
     live = 2 * index < WORDS
@@ -201,11 +209,18 @@ def exchange_kernel(
         if SOURCE != 0:
             a = tl.load(source + place(first, peer, SOURCE, WORLD), mask=live, other=0)
             b = tl.load(source + place(second, peer, SOURCE, WORLD), mask=both, other=0)
-        address = tl.load(peers + r) + bank + rank.to(tl.int64) * (CAPACITY * 16) + slot
+        address = bases[r] + bank + rank.to(tl.int64) * (CAPACITY * 16) + slot
         tl.inline_asm_elementwise(
             _PUSH, _PUSH_CONSTRAINTS, [address, a, b, epoch, live.to(tl.int32)], dtype=tl.uint32, is_pure=False, pack=1
         )
-    mine = tl.load(peers + (WORLD - 1)) + bank
+    if NORM:
+        # On their way while this block waits for its peers.
+        before = residual.to(tl.pointer_type(tl.uint32), bitcast=True)
+        gain = weight + number * (2 * WORDS) + 2 * (first - row * WORDS)
+        held = (tl.load(before + first, mask=both, other=0), tl.load(before + second, mask=both, other=0))
+        for i in tl.static_range(4):
+            held += (tl.load(gain + i, mask=both, other=0.0),)
+    mine = bases[WORLD - 1] + bank
     got = tl.inline_asm_elementwise(
         TEXT, CONSTRAINTS, [mine + slot, epoch, live.to(tl.int32)], dtype=TYPES, is_pure=False, pack=1
     )
@@ -213,11 +228,10 @@ def exchange_kernel(
     report(status, missed)
     target = out.to(tl.pointer_type(tl.uint32), bitcast=True)
     if NORM:
-        before = residual.to(tl.pointer_type(tl.uint32), bitcast=True)
         after = normed.to(tl.pointer_type(tl.uint32), bitcast=True)
         area = mine + WORLD * CAPACITY * 16
         add_norm(
-            got, missed, before, weight, layer, target, after, area, row, part, first, second, both, epoch, status,
+            got, missed, held, target, after, area, row, part, first, second, both, epoch, status,
             WORDS, PARTS, PADDED, EPS, WORLD, PART_TEXT, PART_CONSTRAINTS,
         )  # fmt: skip
     elif REDUCE:

@@ -127,6 +127,11 @@ def bound(workspace: Workspace, state: State) -> Iterator[Bound]:
         _BOUND.reset(token)
 
 
+def opened() -> bool:
+    """Whether a trace is inside of a ``bound``."""
+    return _BOUND.get() is not None
+
+
 def current() -> Bound:
     """The workspace of the innermost ``bound``; ValueError outside of one."""
     box = _BOUND.get()
@@ -197,6 +202,8 @@ def supports(spec: Message, arch: Arch | None) -> Refusal | None:
     """Whether the peer-pointer kernel takes a message; the sentence has the numbers."""
     if arch is None or arch.sm < 80:
         return Refusal("needs NVIDIA GPUs of SM80 or newer")
+    if not spec.peers:
+        return Refusal("no workspace is open around the call")
     if spec.devices not in WORLDS:
         return Refusal(f"{spec.devices} devices, peer pointers are for 2, 4 or 8")
     size = jnp.dtype(spec.dtype).itemsize

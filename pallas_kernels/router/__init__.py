@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -38,14 +40,61 @@ def route(
     Bound: bytes of gate[layer] once (3.1 MB in bfloat16 at GLM's shape).
     Source: spec section 5.5.
     """
+    spec = _spec(x, gate, bias, k, scale)
+    args = (x, gate, bias, jnp.asarray(layer, jnp.int32), None)
+    return registry.call("router", BACKENDS, spec, args, forced=backend)
+
+
+def add_norm_route(
+    x: jax.Array,
+    delta: jax.Array | None,
+    norm: jax.Array | None,
+    gate: jax.Array,
+    bias: jax.Array,
+    layer: int | jax.Array,
+    tickets: jax.Array,
+    *,
+    eps: float,
+    k: int,
+    scale: float,
+    backend: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Residual add, RMSNorm and the router of its result: one launch for few rows.
+
+    Computes: total = x + delta (x itself without delta); normed = norm[layer] * total / sqrt(mean(total^2) + eps)
+      (total without norm); ids, weights = route(normed, gate, bias, layer).
+    Inputs: x and delta [rows, hidden] of one dtype; norm [moe layers, hidden]; tickets int32 [rows], zeros: programs of a launch
+      count themselves there; gate, bias, layer, k, scale and backend as for ``route``, eps: static.
+    Outputs: total and normed [rows, hidden] in x's dtype; ids and weights as ``route``; tickets, zeros again.
+    Rounding points: total once; the norm is taken of the rounded total, in float32, and rounded once; the rest as ``route``.
+    Refuses: as ``route``; ValueError for a delta, a norm or tickets of another shape. One launch up to 4 rows of bfloat16, three
+      for more.
+    In place: the tickets, under jit where they are no parameter, or donated. Graph-safe: yes; the same bits in every call and, up
+      to 4 rows, for a row whatever the rows beside it.
+    Bound: bytes of gate[layer] once (3.1 MB in bfloat16 at GLM's shape).
+    Source: spec sections 5 and 5.5.
+    """
+    kind = "" if norm is None else norm.dtype.name
+    spec = dataclasses.replace(_spec(x, gate, bias, k, scale), norm=kind, delta=delta is not None, eps=float(eps))
+    shape = (gate.shape[0], x.shape[1]) if norm is None else norm.shape
+    if shape != (gate.shape[0], x.shape[1]) or tickets.shape != x.shape[:1] or tickets.dtype != jnp.int32:
+        raise ValueError(
+            f"norm {shape} and tickets {tickets.dtype}{tickets.shape} must be [l, h] and int32 [r]: {x.shape=}, {gate.shape=}"
+        )
+    if delta is not None and (delta.shape, delta.dtype) != (x.shape, x.dtype):
+        raise ValueError(f"delta {delta.shape} {delta.dtype} must match x {x.shape} {x.dtype}")
+    args = (x, gate, bias, jnp.asarray(layer, jnp.int32), None, norm, delta, tickets)
+    total, normed, ids, weights, tickets = registry.call("router", BACKENDS, spec, args, forced=backend)
+    return total, normed, ids, weights, tickets
+
+
+def _spec(x: jax.Array, gate: jax.Array, bias: jax.Array, k: int, scale: float) -> Spec:
     layers, experts, hidden = gate.shape
     if x.ndim != 2 or x.shape[1] != hidden or bias.shape != (layers, experts):
         raise ValueError(f"x {x.shape}, gate {gate.shape} and bias {bias.shape} must be [r, h], [l, e, h] and [l, e]")
     if not 1 <= k <= experts:
         raise ValueError(f"{k=} must be within 1 .. {experts=}")
-    spec = Spec(x.shape[0], hidden, experts, k, layers, x.dtype.name, gate.dtype.name, float(scale))
-    args = (x, gate, bias, jnp.asarray(layer, jnp.int32), None)
-    return registry.call("router", BACKENDS, spec, args, forced=backend)
+    return Spec(x.shape[0], hidden, experts, k, layers, x.dtype.name, gate.dtype.name, float(scale))
 
 
 def _triton_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
@@ -53,6 +102,8 @@ def _triton_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
         return refusal
     if {spec.dtype, spec.gate_dtype} - {"bfloat16", "float32"}:
         return Refusal(f"{spec.dtype} rows and {spec.gate_dtype} gate: the kernel takes bfloat16 and float32")
+    if spec.norm and (spec.dtype != "bfloat16" or spec.norm not in ("bfloat16", "float32")):
+        return Refusal(f"rows of {spec.dtype} with a norm of {spec.norm}: the kernel takes bfloat16")
     if spec.hidden % 128:
         return Refusal(f"hidden {spec.hidden} must be a multiple of 128")
     if spec.experts > _MOST_EXPERTS:

@@ -7,15 +7,31 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.products import einsum
+from pallas_kernels.norm_quant.reference import rms_norm
+from pallas_kernels.products import einsum, rounded
 from pallas_kernels.router.spec import Spec
 
 
 def run(
-    spec: Spec, x: jax.Array, gate: jax.Array, bias: jax.Array, layer: int | jax.Array, after: Any = None
-) -> tuple[jax.Array, jax.Array]:
-    """(ids, weights) as ``router.route`` describes them; nothing reads ``after``."""
-    return route(x, gate, bias, layer, spec.k, spec.scale)
+    spec: Spec,
+    x: jax.Array,
+    gate: jax.Array,
+    bias: jax.Array,
+    layer: int | jax.Array,
+    after: Any = None,
+    norm: jax.Array | None = None,
+    delta: jax.Array | None = None,
+    tickets: jax.Array | None = None,
+) -> tuple[Any, ...]:
+    """(ids, weights) as ``router.route`` describes them, with tickets (total, normed, ids, weights, tickets) of ``add_norm_route``.
+
+    Nothing reads ``after`` or counts on ``tickets`` here.
+    """
+    if tickets is None:
+        return route(x, gate, bias, layer, spec.k, spec.scale)
+    total = x if delta is None else rounded(x.astype(jnp.float32) + delta.astype(jnp.float32), x.dtype)
+    normed = total if norm is None else rms_norm(total, norm[layer], spec.eps)
+    return total, normed, *route(normed, gate, bias, layer, spec.k, spec.scale), tickets
 
 
 def route(

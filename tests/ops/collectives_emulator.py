@@ -243,7 +243,9 @@ def load(source: Callable[[str], str] = str) -> Any:
     )  # fmt: skip
     vars(triton).update(jit=lambda f: f, language=tl, next_power_of_2=lambda n: 1 << (n - 1).bit_length())
     vars(jax_triton).update(triton_call=_triton_call)
-    fakes = {"triton": triton, "triton.language": tl, "jax_triton": jax_triton}
+    slim = types.ModuleType("pallas_kernels.slim_triton")
+    vars(slim).update(install=lambda: None)
+    fakes = {"triton": triton, "triton.language": tl, "jax_triton": jax_triton, "pallas_kernels.slim_triton": slim}
     text = SOURCE.read_text()
     changed = source(text)
     assert source is str or changed != text, "the fault to plant is not in the file any more"

@@ -168,7 +168,7 @@ def test_a_rank_of_another_epoch_is_missing_not_summed() -> None:
 
 FAULTS = {
     "one buffer": lambda t: t.replace("(epoch & 1)", "(epoch & 0)"),
-    "parity": lambda t: t.replace("(WORLD - 1)) + bank", "(WORLD - 1)) + (PARITY * 16 - bank)"),
+    "parity": lambda t: t.replace("bases[WORLD - 1] + bank", "bases[WORLD - 1] + (PARITY * 16 - bank)"),
     "any epoch will do": lambda t: t.replace("setp.ne.u32 again, stamp, {epoch}", "setp.ne.u32 again, stamp, stamp"),
     "second packet unchecked": lambda t: t.replace("ne.or.u32 again, stamp, {epoch}", "ne.or.u32 again, stamp, stamp"),
     "own slot": lambda t: t.replace("rank.to(tl.int64) * (CAPACITY * 16)", "(rank * 0).to(tl.int64) * (CAPACITY * 16)"),
@@ -207,10 +207,16 @@ def test_refusals_name_the_number(spec: Message, words: str) -> None:
     assert refusal is not None and words in refusal.reason
 
 
-def test_nobody_gets_it_without_asking() -> None:
-    for spec in CASES.values():
+def test_kernels_serve_where_a_workspace_is_open() -> None:
+    for name, spec in CASES.items():
         choice = registry.resolve("collectives", collectives.BACKENDS, spec, H200)
-        assert choice.backend == "reference" and ("never run" in choice.reason or "refused" in choice.reason)
+        assert choice.backend == ("reference" if name == "ep_logits_b64_n4" else "triton")
+        outside = dataclasses.replace(spec, peers=False)
+        choice = registry.resolve("collectives", collectives.BACKENDS, outside, H200)
+        assert choice.backend == "reference" and "no workspace is open" in choice.reason
+    assert not workspace.opened()
+    with workspace.bound(None, None):  # type: ignore[arg-type]
+        assert workspace.opened()
 
 
 def test_decode_messages_fit() -> None:

@@ -106,6 +106,24 @@ def test_machine_code(spec: Message, gpu: str, monkeypatch: pytest.MonkeyPatch, 
     assert len(re.findall(r"STG?\.E\.(?:128|64)\.STRONG\.SYS", sass)) >= packets
 
 
+def test_a_launch_has_a_short_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """jaxlib looks a kernel up by all that jax-triton hands it, in every run, for every node and device."""
+    from jax_triton import triton_lib
+
+    pressed, found = triton_lib.zlib.compress, []
+
+    def keep(form: bytes) -> bytes:
+        found.append((form, pressed(form)))
+        return found[-1][1]
+
+    monkeypatch.setattr(triton_lib.zlib, "compress", keep)
+    lower(CHECKED[1], "H200-141")
+    ((form, key),) = found
+    assert b".visible .entry exchange_kernel" in form
+    assert b"tt.func" not in form and b".debug_info" not in form and b".loc" not in form
+    assert len(key) < 3000, f"{len(key)} bytes: about {len(key) // 4000 + 1} us a node and device in every run"
+
+
 def tool(name: str, *args: str) -> str:
     import triton
 

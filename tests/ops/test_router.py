@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.router import route
+from pallas_kernels.router import add_norm_route, route
 from tests.ops.numpy_ops import assert_close, normal, to_jnp, wide
 
 LAYERS, ROWS, HIDDEN, EXPERTS, K, SCALE = 2, 16, 48, 24, 6, 2.5
@@ -83,3 +83,47 @@ def test_bfloat16_inputs_are_multiplied_in_float32() -> None:
         scale=1.0,
     )
     assert np.asarray(ids)[0].tolist() == [9, 0, 1, 2, 3, 4]
+
+
+def test_sum_and_norm_before_the_router() -> None:
+    """Against float64 numpy: the sum is rounded, its norm is rounded, and the router sees that."""
+    x, delta = to_jnp(X, jnp.bfloat16), to_jnp(normal(3, ROWS, HIDDEN), jnp.bfloat16)
+    norm, gate = to_jnp(1 + normal(4, LAYERS, HIDDEN, scale=0.1), jnp.bfloat16), to_jnp(GATE, jnp.bfloat16)
+    tickets = jnp.zeros(ROWS, jnp.int32)
+    given = (norm, gate, jnp.asarray(BIAS), LAYER, tickets)
+    total, normed, ids, weights, left = jax.jit(add_norm_route, static_argnames=("eps", "k", "scale"))(
+        x, delta, *given, eps=1e-5, k=K, scale=SCALE
+    )
+    want = to_jnp(wide(x) + wide(delta), jnp.bfloat16)
+    np.testing.assert_array_equal(wide(total), wide(want))
+    rms = wide(want) / np.sqrt((wide(want) ** 2).mean(-1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(wide(normed), rms * wide(norm)[1], rtol=2**-8, atol=1e-6)
+    want_ids, want_weights = expected(wide(normed), wide(gate)[1], BIAS[1])
+    np.testing.assert_array_equal(np.asarray(ids), want_ids)
+    assert_close(weights, want_weights)
+    assert not np.asarray(left).any()
+
+
+def test_without_a_sum_or_a_norm_it_is_the_router() -> None:
+    x, gate, bias, tickets = jnp.asarray(X), jnp.asarray(GATE), jnp.asarray(BIAS), jnp.zeros(ROWS, jnp.int32)
+    total, normed, *routed, _ = add_norm_route(x, None, None, gate, bias, 1, tickets, eps=0.0, k=K, scale=SCALE)
+    np.testing.assert_array_equal(np.asarray(total), X)
+    np.testing.assert_array_equal(np.asarray(normed), X)
+    for got, want in zip(routed, run(x, gate, bias, LAYER, k=K, scale=SCALE), strict=True):
+        np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"norm": jnp.ones((LAYERS, 3))}, r"norm \(2, 3\)"),
+        ({"tickets": jnp.zeros(ROWS + 1, jnp.int32)}, r"int32\(17,\)"),
+        ({"tickets": jnp.zeros(ROWS)}, "float32"),
+        ({"delta": jnp.zeros((ROWS, HIDDEN), jnp.bfloat16)}, "delta .* bfloat16 must match"),
+    ],
+)
+def test_shapes_of_sum_norm_and_tickets(change: dict[str, jax.Array], words: str) -> None:
+    given = {"x": jnp.asarray(X), "delta": None, "norm": jnp.ones((LAYERS, HIDDEN)), "gate": jnp.asarray(GATE)}
+    given |= {"bias": jnp.asarray(BIAS), "layer": 1, "tickets": jnp.zeros(ROWS, jnp.int32), **change}
+    with pytest.raises(ValueError, match=words):
+        add_norm_route(**given, eps=1e-5, k=K, scale=SCALE)

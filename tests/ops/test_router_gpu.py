@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.compare import rel_l2
-from pallas_kernels.router import route
+from pallas_kernels.router import add_norm_route, route
 from pallas_kernels.router.spec import CASES, Spec, comparable, inputs
 
 pytestmark = pytest.mark.gpu
@@ -60,3 +60,32 @@ def test_a_row_of_nan_names_experts_and_does_not_leak() -> None:
     np.testing.assert_array_equal(np.asarray(ids)[others], np.asarray(clean)[others])
     np.testing.assert_array_equal(np.asarray(weights)[others], np.asarray(expected)[others])
     assert len(set(np.asarray(ids)[2].tolist()) & set(range(256))) == 8
+
+
+def test_rows_with_a_norm_do_not_see_each_other() -> None:
+    """Up to four rows one launch serves: a row has the bits that it has alone, beside a row of NaN, and counts are zeros again."""
+    spec = dataclasses.replace(CASES["glm_norm"], rows=4, layers=2)
+    x, gate, bias, _, _, norm, delta, tickets = inputs(spec, jax.random.key(5))
+
+    @jax.jit
+    def routed_after_norm(x: jax.Array, delta: jax.Array, tickets: jax.Array) -> tuple[jax.Array, ...]:
+        return add_norm_route(x, delta, norm, gate, bias, 1, tickets, eps=spec.eps, k=spec.k, scale=spec.scale)
+
+    together = routed_after_norm(x.at[2].set(jnp.nan), delta, tickets)
+    for row in (0, 1, 3):
+        one = slice(row, row + 1)
+        alone = routed_after_norm(x[one], delta[one], tickets[one])
+        for a, b in zip(together, alone, strict=True):
+            np.testing.assert_array_equal(np.asarray(a[one].astype(jnp.float32)), np.asarray(b.astype(jnp.float32)))
+    assert len(set(np.asarray(together[2])[2].tolist()) & set(range(256))) == 8
+    assert not np.asarray(together[4]).any()
+
+
+def test_without_a_norm_one_launch_is_the_router() -> None:
+    spec = dataclasses.replace(CASES["glm"], rows=3)
+    x, gate, bias, layer, _ = inputs(spec, jax.random.key(6))
+    tickets = jnp.zeros(3, jnp.int32)
+    _, _, ids, weights, _ = add_norm_route(x, None, None, gate, bias, layer, tickets, eps=0.0, k=8, scale=2.5)
+    want_ids, want = routed(spec, x, gate, bias, "triton")
+    np.testing.assert_array_equal(np.asarray(ids), np.asarray(want_ids))
+    np.testing.assert_allclose(np.asarray(weights), np.asarray(want), rtol=1e-6)

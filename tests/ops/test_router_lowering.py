@@ -27,6 +27,17 @@ def test_triton_compiles(gpu: str, rows: int) -> None:
         assert text.count("triton_kernel_call") == 2
 
 
+@pytest.mark.needs_triton
+@pytest.mark.parametrize(("rows", "launches"), [(1, 1), (4, 1), (5, 3)])
+@pytest.mark.parametrize("gpu", GPUS)
+def test_launches_with_a_norm(gpu: str, rows: int, launches: int) -> None:
+    spec = dataclasses.replace(CASES["glm_norm"], rows=rows, layers=2)
+    args = jax.eval_shape(lambda: inputs(spec, jax.random.key(0)))
+    backend = next(b for b in router.BACKENDS if b.name == "triton")
+    text = lowering.lower_for_cuda(lambda *a: backend.load()(spec, *a), *args, arch=arch.by_name(gpu))
+    assert text.count("triton_kernel_call") == launches
+
+
 def changed(**changes: object) -> Spec:
     return dataclasses.replace(CASES["glm"], **changes)  # type: ignore[arg-type]
 
@@ -38,6 +49,7 @@ def changed(**changes: object) -> Spec:
         (changed(gate_dtype="float8_e4m3fn"), "float8_e4m3fn gate"),
         (changed(hidden=6100), "hidden 6100"),
         (changed(experts=2048), "2048 experts"),
+        (changed(dtype="float32", norm="float32", delta=True), "rows of float32 with a norm of float32"),
     ],
 )
 def test_refusals_name_the_number(spec: Spec, words: str) -> None:
@@ -54,6 +66,8 @@ def test_who_serves_what() -> None:
 
 def test_bytes_of_the_real_shape() -> None:
     assert CASES["glm"].bytes() == 256 * (6144 * 2 + 4) + 6144 * 2 + 8 * 8
+    # Its norm, and three rows more: what is added, the sum and the norm.
+    assert CASES["glm_norm"].bytes() == CASES["glm"].bytes() + 6144 * 2 * (1 + 3)
 
 
 @pytest.mark.parametrize("k", [0, 9])
