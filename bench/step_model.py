@@ -204,7 +204,8 @@ def make_state(program: DecodeProgram, context: int, seed: int = 0) -> State:
             keys = _index_keys(keys, np.int32([layer, first]), np.int32(seed), pages, config, keys.sharding)
     return program.adopt(
         arrays.replace(  # type: ignore[attr-defined]
-            tokens=jax.device_put(tokens, arrays.tokens.sharding),
+            # A copy: CPUs may take the host's memory itself where it is aligned, and that cannot be donated.
+            tokens=jnp.copy(jax.device_put(tokens, arrays.tokens.sharding)),
             positions=rewound(arrays.positions, context),
             cache=cache.replace(latent=latent, index_keys=keys),  # type: ignore[attr-defined]
         )
