@@ -93,20 +93,18 @@ def make_weights(spec: StepSpec) -> Any:
 
 
 def _leaf(name: str, number: int, shape: Any) -> jax.Array:
-    bits = step_model._hashed(shape.shape, jnp.uint32(number * 2654435761 % 2**32))
+    bits = step_model.hashed(shape.shape, jnp.uint32(number * 2654435761 % 2**32))
+    columns = shape.shape[-1]
+    gain = step_model.SMALL if any(part in name for part in step_model.INTO_THE_STREAM) else 1.0
     if shape.dtype == jnp.float8_e4m3fn:
-        return jax.lax.bitcast_convert_type((bits >> 24).astype(jnp.uint8) & jnp.uint8(0xFE), jnp.float8_e4m3fn)
-    uniform = (bits >> 8).astype(jnp.float32) * 2.0**-24
-    gain = step_model._SMALL if any(part in name for part in step_model._INTO_THE_STREAM) else 1.0
-    if name.endswith("scale"):
-        value = gain * (0.5 + uniform) * (128 * shape.shape[-1]) ** -0.5 / step_model._E4M3_DEVIATION
-    elif name.endswith("norm"):
-        value = 0.9 + 0.2 * uniform
-    elif name.endswith("bias"):
-        value = 0.0 * uniform
+        kind, gain = "bits", 1.0
+    elif name.endswith("scale"):
+        kind, gain = "scale", gain * (128 * columns) ** -0.5 / step_model.E4M3_DEVIATION
+    elif name.endswith(("norm", "bias")):
+        kind, gain = "norm" if name.endswith("norm") else "zero", 1.0
     else:
-        value = gain * (3 / shape.shape[-1]) ** 0.5 * (2 * uniform - 1)
-    return value.astype(shape.dtype)
+        kind, gain = "matrix", gain * columns**-0.5
+    return step_model.numbers(kind, gain, bits).astype(shape.dtype)
 
 
 def make_state(spec: StepSpec) -> tuple[Any, Any]:

@@ -28,10 +28,10 @@ from pallas_kernels import paged
 from pallas_kernels.blocks import BlockScaled
 
 # Standard deviation of an e4m3 number whose bits are random.
-_E4M3_DEVIATION = 104.0
+E4M3_DEVIATION = 104.0
 # Of the matrices whose output is added to the residual stream.
-_SMALL = 0.05
-_INTO_THE_STREAM = ("o_proj", "down")
+SMALL = 0.05
+INTO_THE_STREAM = ("o_proj", "down")
 # Pages of the caches that are filled at a time.
 _PAGES = 256
 
@@ -131,9 +131,9 @@ def make_weights(shapes: Weights, seed: int = 0) -> Weights:
     for number, (path, shape) in enumerate(named):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         key = np.uint32((seed * 1009 + number) * 2654435761 % 2**32)
-        gain = _SMALL if name.endswith(_INTO_THE_STREAM) else 1.0
+        gain = SMALL if name.endswith(INTO_THE_STREAM) else 1.0
         if isinstance(shape, BlockScaled):
-            width = gain * shape.data.shape[-1] ** -0.5 / _E4M3_DEVIATION
+            width = gain * shape.data.shape[-1] ** -0.5 / E4M3_DEVIATION
             made.append(BlockScaled(_stack(shape.data, key, "bits", 1.0), _stack(shape.scale, key, "scale", width)))
         elif name.endswith(("norm", "bias")):
             made.append(_stack(shape, key, "norm" if name.endswith("norm") else "zero", 1.0))
@@ -158,19 +158,22 @@ def _fill(
 ) -> jax.Array:
     """stack[index], or all of it, with the numbers of its place."""
     shape = stack.shape[1:] if stacked else stack.shape
-    bits = _hashed(shape, key ^ (index.astype(jnp.uint32) * jnp.uint32(0x9E3779B9)))
-    uniform = (bits >> 8).astype(jnp.float32) * 2.0**-24
-    if kind == "bits":
-        # Bit 0 is cleared: the NaN of e4m3fn has all of the lower seven bits set.
-        value = jax.lax.bitcast_convert_type((bits >> 24).astype(jnp.uint8) & jnp.uint8(0xFE), jnp.float8_e4m3fn)
-    elif kind == "scale":
-        value = gain * (0.5 + uniform)
-    elif kind == "norm":
-        value = 0.9 + 0.2 * uniform
-    else:
-        value = gain * 3**0.5 * (2 * uniform - 1)
+    value = numbers(kind, gain, hashed(shape, key ^ (index.astype(jnp.uint32) * jnp.uint32(0x9E3779B9))))
     start = jnp.zeros(stack.ndim, jnp.int32).at[0].set(index if stacked else 0)
     return _kept(update(stack, start, value), where)
+
+
+def numbers(kind: str, gain: float, bits: jax.Array) -> jax.Array:
+    """Synthetic weights of a kind from uint32 ``bits``: "bits" of e4m3, or float32 "scale", "norm", "zero" or "matrix"."""
+    if kind == "bits":
+        # Bit 0 is cleared: the NaN of e4m3fn has all of the lower seven bits set.
+        return jax.lax.bitcast_convert_type((bits >> 24).astype(jnp.uint8) & jnp.uint8(0xFE), jnp.float8_e4m3fn)
+    uniform = (bits >> 8).astype(jnp.float32) * 2.0**-24
+    if kind == "zero":
+        return jnp.zeros_like(uniform)
+    if kind == "scale":
+        return gain * (0.5 + uniform)
+    return 0.9 + 0.2 * uniform if kind == "norm" else gain * 3**0.5 * (2 * uniform - 1)
 
 
 def _kept(array: jax.Array, where: Any) -> jax.Array:
@@ -178,7 +181,7 @@ def _kept(array: jax.Array, where: Any) -> jax.Array:
     return jax.lax.with_sharding_constraint(array, where) if isinstance(where, NamedSharding) else array
 
 
-def _hashed(shape: tuple[int, ...], key: jax.Array) -> jax.Array:
+def hashed(shape: tuple[int, ...], key: jax.Array) -> jax.Array:
     """uint32 numbers that look random, of a position and a key (a finalizer of the xor, shift and multiply kind)."""
     bits = jnp.broadcast_to(key, shape)
     for dim in range(len(shape)):

@@ -58,6 +58,12 @@ def needs_sm80(arch: Arch | None) -> Refusal | None:
     return Refusal("needs an NVIDIA GPU of SM80 or newer") if arch is None or arch.sm < 80 else None
 
 
+def needs_sm90(arch: Arch | None) -> Refusal | None:
+    """What every kernel for Hopper asks first."""
+    got = "no NVIDIA GPU" if arch is None else f"SM{arch.sm}"
+    return None if arch is not None and arch.sm == 90 else Refusal(f"needs SM90, got {got}")
+
+
 def always(spec: Any, arch: Arch | None) -> None:
     """``supports`` of a reference, which serves anything anywhere."""
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.collectives.message import ADD_NORM, ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, Message
 from pallas_kernels.norm_quant import reference as norm_quant
+from pallas_kernels.products import rounded
 
 
 def run(
@@ -23,9 +24,7 @@ def run(
     if spec.form == ADD_NORM:
         assert residual is not None and weight is not None
         total = jax.lax.psum(x.astype(jnp.float32), axis) + residual.astype(jnp.float32)
-        # The norm is taken of the rounded sum: without the barrier XLA for GPUs goes on with what it did not round.
-        rounded = jax.lax.optimization_barrier(total.astype(x.dtype))
-        return rounded, norm_quant.rms_norm(rounded, weight[layer], spec.eps)
+        return norm_quant.add_norm(rounded(total, x.dtype), None, weight[layer], spec.eps)
     if spec.form == ALL_GATHER:
         return jax.lax.all_gather(x, axis, axis=spec.dim, tiled=True)
     if spec.form == REDUCE_SCATTER:

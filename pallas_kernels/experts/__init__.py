@@ -10,7 +10,7 @@ from pallas_kernels.arch import Arch
 from pallas_kernels.blocks import BLOCK, BlockScaled, Weight
 from pallas_kernels.experts.mosaic_plan import one_row, several_rows
 from pallas_kernels.experts.spec import Spec
-from pallas_kernels.registry import Backend, Module, Refusal, always, needs_sm80
+from pallas_kernels.registry import Backend, Module, Refusal, always, needs_sm80, needs_sm90
 
 ARITHMETICS = ("w8a16", "w8a8")
 # What one program can hold a counter of in registers.
@@ -105,8 +105,8 @@ def _triton_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
 
 
 def _hopper_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
-    if arch is None or arch.sm != 90:
-        return Refusal(f"needs SM90, got {'no NVIDIA GPU' if arch is None else f'SM{arch.sm}'}")
+    if refusal := needs_sm90(arch):
+        return refusal
     if refusal := _kernels_support(spec):
         return refusal
     if not 1 <= spec.rows <= 64:

@@ -106,13 +106,7 @@ def build_rows(plan: Rows, interpret: Any = None) -> Callable[..., list[jax.Arra
         "partial": plgpu.SMEM((plan.groups, TILE, UNIT), jnp.float32),
         "ends": plgpu.SMEM((plan.table_lines, LINE), jnp.int32),
         "pairs": plgpu.SMEM((plan.order_lines, LINE), jnp.int32),
-        "here": plgpu.SMEM(
-            (
-                plan.groups,
-                3 * plan.items_here,
-            ),
-            jnp.int32,
-        ),
+        "here": plgpu.SMEM((plan.groups, 3 * plan.items_here), jnp.int32),
         "full": plgpu.Barrier(num_arrivals=2 * plan.mats, num_barriers=plan.groups * plan.stages),
         "x_full": plgpu.Barrier(num_arrivals=UNIT, num_barriers=2 * plan.groups),
         "tables_full": plgpu.Barrier(num_arrivals=2),

@@ -15,7 +15,7 @@ from pallas_kernels.fp8_linear.norm import add_norm
 from pallas_kernels.fp8_linear.plan import TILE, plan_for
 from pallas_kernels.fp8_linear.spec import Spec
 from pallas_kernels.lowering import default_arch
-from pallas_kernels.registry import Backend, Module, Refusal, always
+from pallas_kernels.registry import Backend, Module, Refusal, always, needs_sm90
 
 ARITHMETICS = ("w8a16", "w8a8")
 Index = tuple[int | jax.Array, ...]
@@ -166,8 +166,8 @@ def _check(x: jax.Array, w: Weight, index: Index, matrix_axes: int, arithmetic: 
 
 def _hopper_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
     """What both Hopper kernels ask first."""
-    if arch is None or arch.sm != 90:
-        return Refusal(f"needs SM90, got {'no NVIDIA GPU' if arch is None else f'SM{arch.sm}'}")
+    if refusal := needs_sm90(arch):
+        return refusal
     if spec.weights != "float8_e4m3fn":
         return Refusal(f"needs FP8 block-scaled weights, got {spec.weights}")
     if spec.x_dtype != "bfloat16" or spec.out_dtype not in ("bfloat16", "float32"):

@@ -19,8 +19,7 @@ def add_norm(
     x: jax.Array, delta: jax.Array | None, norm: jax.Array, index: tuple[int | jax.Array, ...], eps: float
 ) -> tuple[jax.Array, jax.Array]:
     """(x + delta, its RMSNorm by norm[index]) of ``norm_linears``; (x, its norm) without delta."""
-    if delta is None:
-        return x, norm_quant.rms_norm(x, norm[tuple(index)], eps)
     layer, rows = flat_layer(norm.shape[:-1], index), (-1, x.shape[-1])
-    total, normed = norm_quant.add_norm(x.reshape(rows), delta.reshape(rows), norm.reshape(rows), layer, eps)
+    added = None if delta is None else delta.reshape(rows)
+    total, normed = norm_quant.add_norm(x.reshape(rows), added, norm.reshape(rows), layer, eps)
     return total.reshape(x.shape), normed.reshape(x.shape)

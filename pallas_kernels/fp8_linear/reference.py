@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.blocks import BlockScaled, Weight, dequantize, take
 from pallas_kernels.fp8_linear.spec import Spec
-from pallas_kernels.norm_quant.reference import quantize_groups, rms_norm
+from pallas_kernels.norm_quant.reference import add_norm, quantize_groups
 from pallas_kernels.products import einsum, rounded
 
 
@@ -34,14 +34,6 @@ def run(
     if spec.form == "swiglu":
         return (swiglu(x, weights[0], index, spec.arithmetic),)
     return tuple(linear(x, w, index, spec.arithmetic, jnp.dtype(spec.out_dtype)) for w in weights)
-
-
-def add_norm(x: jax.Array, delta: jax.Array | None, norm: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
-    """(x + delta, its RMSNorm), each rounded."""
-    total = x
-    if delta is not None:
-        total = rounded(x.astype(jnp.float32) + delta.astype(jnp.float32), x.dtype)
-    return total, rms_norm(total, norm, eps)
 
 
 def product(x: jax.Array, w: Weight, arithmetic: str) -> jax.Array:

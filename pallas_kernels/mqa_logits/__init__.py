@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels import paged, registry
 from pallas_kernels.arch import Arch
 from pallas_kernels.mqa_logits.spec import Spec
-from pallas_kernels.registry import Backend, Module, Refusal, always, needs_sm80
+from pallas_kernels.registry import Backend, Module, Refusal, always, needs_sm80, needs_sm90
 
 # Of the GPU kernels: columns of one product are heads times up to four queries.
 _HEADS = (8, 16, 32, 64)
@@ -94,8 +94,8 @@ def _sizes(spec: Spec) -> Refusal | None:
 
 
 def _gluon_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
-    if arch is None or arch.sm != 90:
-        return Refusal("needs Hopper (SM90)")
+    if refusal := needs_sm90(arch):
+        return refusal
     if spec.rows > 1024:
         return Refusal(f"{spec.rows} sequences are more than 1024, whose shares one block of threads can add up")
     if spec.heads > 32:

@@ -76,20 +76,22 @@ def norm_quantize(
 
 def add_norm(
     x: jax.Array,
-    residual: jax.Array,
+    residual: jax.Array | None,
     weight: jax.Array,
     layer: int | jax.Array,
     eps: float,
     *,
     backend: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Residual add and the RMSNorm that follows, in one launch.
+    """Residual add and the RMSNorm that follows, in one launch; without a residual ``rms_norm``, whatever the backend.
 
-    Computes: h = x + residual; (h, rms_norm(h, weight[layer], eps)).
-    Inputs: x, residual [rows, n] of one dtype; weight [layers, n]; layer: static or traced scalar; eps: static.
+    Computes: h = x + residual (x itself without residual); (h, rms_norm(h, weight[layer], eps)).
+    Inputs: x and residual (or None) [rows, n] of one dtype; weight [layers, n]; layer: static or traced scalar; eps: static.
     Outputs: h and its norm, [rows, n] in x's dtype. Rounding points: h once; the norm is taken of the rounded h, and rounded once.
     Graph-safe: yes. Source: spec section 5.
     """
+    if residual is None:
+        return x, rms_norm(x, weight[layer], eps)
     total, normed = _fused(x, residual, weight, layer, eps, False, backend)
     return total, normed
 

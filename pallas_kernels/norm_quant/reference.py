@@ -16,6 +16,16 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return rounded(y * _row(weight, y), x.dtype)
 
 
+def add_norm(x: jax.Array, delta: jax.Array | None, norm: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+    """(x + delta, its RMSNorm by norm [n]), each rounded; (x, its norm) without delta."""
+    total = x if delta is None else add(x, delta)
+    return total, rms_norm(total, norm, eps)
+
+
+def add(x: jax.Array, delta: jax.Array) -> jax.Array:
+    return rounded(x.astype(jnp.float32) + delta.astype(jnp.float32), x.dtype)
+
+
 def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
     y = x.astype(jnp.float32)
     y = y - jnp.mean(y, axis=-1, keepdims=True)
@@ -38,7 +48,7 @@ def fused(
     """Add, norm and quantize one after the other, each with its own rounding."""
     results: tuple[jax.Array, ...] = ()
     if residual is not None:
-        x = rounded(x.astype(jnp.float32) + residual.astype(jnp.float32), x.dtype)
+        x = add(x, residual)
         results = (x,)
     if weight is not None:
         x = rms_norm(x, weight[layer], spec.eps)

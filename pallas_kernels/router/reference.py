@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.norm_quant.reference import rms_norm
-from pallas_kernels.products import einsum, rounded
+from pallas_kernels.norm_quant.reference import add, add_norm
+from pallas_kernels.products import einsum
 from pallas_kernels.router.spec import Spec
 
 
@@ -29,8 +29,10 @@ def run(
     """
     if tickets is None:
         return route(x, gate, bias, layer, spec.k, spec.scale)
-    total = x if delta is None else rounded(x.astype(jnp.float32) + delta.astype(jnp.float32), x.dtype)
-    normed = total if norm is None else rms_norm(total, norm[layer], spec.eps)
+    if norm is None:
+        total = normed = x if delta is None else add(x, delta)
+    else:
+        total, normed = add_norm(x, delta, norm[layer], spec.eps)
     return total, normed, *route(normed, gate, bias, layer, spec.k, spec.scale), tickets
 
 

@@ -140,11 +140,8 @@ def run(
         return _route(spec, x, gate, bias, layer)
     if spec.rows <= NORM_ROWS and spec.dtype == "bfloat16":
         return gluon_norm.run(spec, x, gate, bias, layer, norm, delta, tickets)
-    total, normed = x, x
     if norm is None:
         total = normed = x if delta is None else x + delta
-    elif delta is None:
-        normed = norm_quant.rms_norm(x, norm[layer], spec.eps)
     else:
         total, normed = norm_quant.add_norm(x, delta, norm, layer, spec.eps)
     return total, normed, *_route(spec, normed, gate, bias, layer), tickets

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import paged, registry
 from pallas_kernels.arch import Arch
-from pallas_kernels.registry import Backend, Module, Refusal, always, needs_sm80
+from pallas_kernels.registry import Backend, Module, Refusal, always, needs_sm80, needs_sm90
 from pallas_kernels.sparse_mla.spec import Spec
 
 _MOST_ROWS = 65535
@@ -90,8 +90,8 @@ def _triton_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
 
 
 def _gluon_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
-    if arch is None or arch.sm != 90:
-        return Refusal("needs Hopper (SM90)")
+    if refusal := needs_sm90(arch):
+        return refusal
     if spec.cache_dtype != "uint8":
         return Refusal(f"the cache is {spec.cache_dtype}, the kernel reads FP8 latents (uint8)")
     few = 8 if spec.heads <= 16 else 2
