@@ -172,7 +172,7 @@ def report_command(options: argparse.Namespace) -> int:
     for folder in folders:
         print(*report.write(folder), sep="\n")
     if options.readme:
-        print(readme.update(readme.README, report.load(options.results / options.readme)))
+        print(readme.update(readme.README, options.results / options.readme))
     return 0
 
 

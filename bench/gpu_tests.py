@@ -8,11 +8,13 @@ only the outcomes that it has; a whole run replaces the file. The exit status is
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -51,12 +53,19 @@ def command(jobs: int, arguments: list[str]) -> list[str]:
 
 
 def run(line: list[str], lines: Path, limit: float | None) -> int:
-    """Runs pytest for at most ``limit`` seconds; its exit status, 124 where it was ended."""
-    try:
-        environment = {**os.environ, test_lines.FILE: str(lines)}
-        return subprocess.run(line, cwd=records.ROOT, env=environment, check=False, timeout=limit).returncode
-    except subprocess.TimeoutExpired:
-        return ENDED
+    """Runs pytest for at most ``limit`` seconds; its exit status, 124 where it was ended.
+
+    pytest's processes are a session of their own, ended together: one that lived on would keep the GPU's memory.
+    """
+    environment = {**os.environ, test_lines.FILE: str(lines)}
+    with subprocess.Popen(line, cwd=records.ROOT, env=environment, start_new_session=True) as process:
+        try:
+            return process.wait(limit)
+        except subprocess.TimeoutExpired:
+            return ENDED
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,16 +1,37 @@
-"""The README's table of figures, made from the records and from nothing else."""
+"""The README's tables of figures, made from the records and from nothing else."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from bench import collectives, moe_layer, report, step_report
 from bench.records import ROOT, Record
 from bench.report import fastest, kernels
 
 README = ROOT / "README.md"
 BEGIN, END = "<!-- figures: begin, written by python -m bench report -->", "<!-- figures: end -->"
 _HEADER = ("operation", "case", "rows", "backend", "us", "bound, us", "% of bound", "target or rival, us")
+
+
+def content(folder: Path) -> str:
+    """Everything between the README's marks, of one GPU's folder: operations, whole steps, what several GPUs do (with a target)."""
+    parts = [table(report.load(folder))]
+    steps = folder / step_report.FOLDER / step_report.FILE
+    if steps.exists():
+        parts += [
+            "Whole decode steps (`python -m bench step`):",
+            "\n".join(step_report.table(step_report.read(steps)[1])),
+        ]
+    for made_by, kind in (("collectives", collectives), ("moe_layer", moe_layer)):
+        paths = sorted(folder.glob(f"x*/{made_by}.json"))
+        figures = [figure for path in paths for figure in kind.FILE.read(path)[1] if figure.target_us]
+        if figures:
+            parts += [
+                f"On several GPUs (`python -m bench.{made_by}`, all in `x2/` and `x4/`):",
+                "\n".join(kind.table(figures)),
+            ]
+    return "\n\n".join(parts)
 
 
 def table(results: dict[str, tuple[dict[str, Any], list[Record]]]) -> str:
@@ -47,7 +68,7 @@ def replace(text: str, figures: str) -> str:
     return f"{before}{BEGIN}\n{figures}\n{END}{after}"
 
 
-def update(path: Path, results: dict[str, tuple[dict[str, Any], list[Record]]]) -> Path:
-    """Writes the table into the README."""
-    path.write_text(replace(path.read_text(), table(results)))
+def update(path: Path, folder: Path) -> Path:
+    """Writes the figures of one GPU's folder into the README."""
+    path.write_text(replace(path.read_text(), content(folder)))
     return path

@@ -7,7 +7,8 @@ How, for each figure:
   dispatch   what one ``step`` and the start of its token's copy take on the host's thread, median.
   bound      bytes of the operations' specs over the measured copy bandwidth: every weight of the actual layout once, of the
              routed experts as many as random choices are expected to hit, and the caches. ``step_model`` says why that is so.
-  stages     ``bench.step_kernels``: every kernel of the step, from a profile of its graph.
+  stages     ``bench.step_kernels``: every kernel of the step, from a profile of its graph, and the GPU's time of that graph, from
+             its first kernel to the end of its last: a step that takes much longer waits for the host.
   graph      ``glm52_jax.audit``.
 """
 
@@ -45,7 +46,7 @@ class Step:
 
     bytes: of one step and device; bound_us: over the copy bandwidth; tokens_s: of all sequences; compile_s: tracing and compiling;
     backends: operation -> backends that served it; stages_us: stage -> microseconds, adding up to us, and kernels: what they are
-    the sums of; graph: what the audit found; all three empty where not asked for.
+    the sums of; graph_us: the GPU's time of the graph; graph: what the audit found; all empty or 0 where not asked for.
     """
 
     case: str
@@ -67,6 +68,7 @@ class Step:
     run: str = ""
     graph: str = ""
     kernels: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    graph_us: float = 0.0
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -172,10 +174,11 @@ def result(
     taken: timing.Timing,
     copy: float,
     found: Sequence[Kernel] = (),
+    graph_us: float = 0.0,
     graph: str = "",
     run: str = "",
 ) -> Step:
-    """The figure of a timing; copy: bytes/s; found: the step's kernels. Paces the program's steps for the percentiles."""
+    """The figure of a timing; copy: bytes/s; found, graph_us: of ``step_kernels.profiled``. Paces the program's steps."""
     spec, steps = prepared.spec, prepared.steps
     between, queueing = steps.paced(spec.room)
     nbytes = moved_bytes(spec, steps.program.choices)
@@ -189,7 +192,7 @@ def result(
         experts_hit=round(spec.experts_hit(), 1), compile_s=round(prepared.compile_s, 1),
         backends=backends(steps.program.choices),
         stages_us=step_kernels.stages(found, taken.microseconds) if found else {}, run=run, graph=graph,
-        kernels=[dataclasses.asdict(kernel) for kernel in found],
+        kernels=[dataclasses.asdict(kernel) for kernel in found], graph_us=graph_us,
     )  # fmt: skip
 
 
@@ -198,6 +201,15 @@ def audited(prepared: Prepared, steps: int = 64) -> str:
     spec, runs = prepared.spec, prepared.steps
     found, runs.state = audit.audit(runs.program, runs.state, min(steps, spec.room))
     return str(found)
+
+
+def split(steps: Steps, say: Callable[[str], None]) -> tuple[list[Kernel], float]:
+    """``step_kernels.profiled``; where it finds something else than the steps it says so, and the time stands without its parts."""
+    try:
+        return step_kernels.profiled(steps)
+    except ValueError as error:
+        say(f"no stages: {error}")
+        return [], 0.0
 
 
 def sweep(
@@ -217,17 +229,19 @@ def sweep(
 
     stages: split the step too; audits: look at its graph.
     """
-    weights = make_weights(base.shapes())
+    weights = jax.block_until_ready(make_weights(base.shapes()))
+    say(f"{base.name}: weights made")
     figures = []
     for rows in batches:
         for context in contexts:
             with tempfile.TemporaryDirectory() as folder:
                 dump = Path(folder) if audits else None
                 prepared = prepare(dataclasses.replace(base, rows=rows, context=context), weights, dump)
+                say(f"batch {rows}, context {context}: compiled in {prepared.compile_s:.0f} s")
                 graph = audited(prepared) if audits else ""
             (taken,) = timing.measure([prepared.steps], rounds)
-            found = step_kernels.profiled(prepared.steps) if stages else []
-            figure = result(prepared, taken, copy, found, graph, run)
+            found, graph_us = split(prepared.steps, say) if stages else ([], 0.0)
+            figure = result(prepared, taken, copy, found, graph_us, graph, run)
             say(line(figure))
             keep(figure)
             figures.append(figure)
@@ -260,7 +274,9 @@ def line(figure: Step) -> str:
         f"{figure.case}, batch {figure.rows}, context {figure.context}: {figure.us / 1e3:.3f} ms "
         f"+-{100 * figure.spread:.1f}%, p50 {figure.p50_us / 1e3:.3f}, p99 {figure.p99_us / 1e3:.3f}, "
         f"{figure.tokens_s:.0f} tok/s, bound {figure.bound_us / 1e3:.3f} ms ({figure.percent_of_bound:.0f} %), "
-        f"dispatch {figure.dispatch_us:.0f} us, compiled in {figure.compile_s:.0f} s{split}"
+        f"dispatch {figure.dispatch_us:.0f} us, compiled in {figure.compile_s:.0f} s"
+        + (f", the GPU's time of the graph {figure.graph_us / 1e3:.3f} ms" if figure.graph_us else "")
+        + split
         + "".join(f"\n{text}" for text in step_kernels.lines([Kernel(**kernel) for kernel in figure.kernels]))
         + (f"\n    audit {figure.graph}" if figure.graph else "")
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import statistics
 import tempfile
 import warnings
 from collections import defaultdict
@@ -113,27 +114,43 @@ def stages(found: Sequence[Kernel], step_us: float) -> dict[str, float]:
     return {**{name: round(us, 2) for name, us in sums.items()}, BETWEEN: round(step_us - sum(sums.values()), 2)}
 
 
-def profiled(steps: Any, count: int = 4) -> list[Kernel]:
-    """Kernels of a step of ``bench.step.Steps``, from ``count`` steps under the profiler."""
+def profiled(steps: Any, count: int = 4) -> tuple[list[Kernel], float]:
+    """(kernels of a step of ``bench.step.Steps``, microseconds of its graph), from ``count`` steps under the profiler.
+
+    Of several GPUs it is the first one's. ValueError where the profile does not hold those steps.
+    """
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             steps.run(count)
         (path,) = Path(folder).rglob("*.xplane.pb")
         data = jax.profiler.ProfileData.from_file(str(path))
-    return kernels(events_of(data), steps.program.executable.as_text(), count)
+    hlo = steps.program.executable.as_text()
+    module = re.search(r"^HloModule ([\w.-]+)", hlo)
+    events = events_of(data, module[1] if module else "")
+    return kernels(events, hlo, count), graph_us(events, count)
 
 
-def events_of(data: Any) -> list[tuple[int, str, float]]:
-    """(start in ns, name, microseconds) of the kernels of step programs in a profile; what rewinds positions is left out."""
+def graph_us(events: Sequence[tuple[int, str, float]], steps: int) -> float:
+    """Microseconds from the start of a step's first kernel to the end of its last one, median over the steps."""
+    ordered, each = sorted(events), len(events) // steps
+    spans = []
+    for i in range(0, each * steps, each):
+        own = ordered[i : i + each]
+        spans.append(max(start / 1e3 + us for start, _, us in own) - own[0][0] / 1e3)
+    return round(statistics.median(spans), 2)
+
+
+def events_of(data: Any, module: str) -> list[tuple[int, str, float]]:
+    """(start in ns, name, microseconds) of the first GPU's kernels of that module; what rewinds positions is another one."""
     found = []
     with warnings.catch_warnings():
         # Of JAX 0.11.2's bindings; where warnings are errors, it would end the process.
         warnings.filterwarnings("ignore", "builtin type event_stats has no __module__", DeprecationWarning)
         for plane in data.planes:
-            lines = plane.lines if plane.name.startswith("/device:GPU") else ()
+            lines = plane.lines if plane.name == "/device:GPU:0" else ()
             for event in (event for line in lines for event in line.events):
-                module = next((str(value) for name, value in event.stats if name == "hlo_module"), "")
-                if module.startswith("jit_traced"):
+                of = next((str(value) for name, value in event.stats if name == "hlo_module"), "")
+                if of == module:
                     found.append((int(event.start_ns), event.name, event.duration_ns / 1e3))
     return found
 

@@ -27,11 +27,12 @@ def read(path: Path) -> tuple[dict[str, Any], list[Step]]:
 def table(figures: Iterable[Step]) -> list[str]:
     """Markdown lines."""
     lines = [
-        "| what | batch | context | ms a step | p99 | tok/s | bound ms | % of bound | dispatch us |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| what | batch | context | ms a step | ms of its graph | p99 | tok/s | bound ms | % of bound | dispatch us |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     return lines + [
-        f"| {f.case} | {f.rows} | {f.context} | {f.us / 1e3:.2f} | {f.p99_us / 1e3:.2f} | {f.tokens_s:.0f} | "
+        f"| {f.case} | {f.rows} | {f.context} | {f.us / 1e3:.2f} | "
+        f"{f'{f.graph_us / 1e3:.2f}' if f.graph_us else ''} | {f.p99_us / 1e3:.2f} | {f.tokens_s:.0f} | "
         f"{f.bound_us / 1e3:.2f} | {f.percent_of_bound:.0f} | {f.dispatch_us:.0f} |"
         for f in figures
     ]

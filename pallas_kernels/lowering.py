@@ -69,7 +69,13 @@ def target(arch: Arch | None) -> Iterator[None]:
 
 
 def triton_options() -> dict[str, int]:
-    """Arguments that ``triton_call`` needs on a machine without a GPU: the compute capability to compile for."""
+    """Arguments that ``triton_call`` needs on a machine without a GPU: the compute capability to compile for.
+
+    Every kernel of jax-triton passes here, so its launches get their short keys here too.
+    """
+    from pallas_kernels import slim_triton
+
+    slim_triton.install()
     arch = default_arch()
     return {} if arch is None else {"compute_capability": arch.sm}
 

@@ -10,7 +10,7 @@ H200 = records.RESULTS / "h200"
 def test_readme_shows_the_committed_records() -> None:
     """Fails where somebody edits a figure by hand, or commits records without `python -m bench report --readme h200`."""
     text = readme.README.read_text()
-    assert readme.replace(text, readme.table(report.load(H200))) == text
+    assert readme.replace(text, readme.content(H200)) == text
 
 
 def test_every_committed_figure_passed_its_check() -> None:

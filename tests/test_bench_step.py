@@ -122,7 +122,7 @@ def test_a_figure(prepared: step.Prepared) -> None:
     assert np.asarray(steps.state.arrays.positions).tolist() == [74, 74]
     taken = step.timing.Timing(1000.0, 0.1, 10, (1000.0,))
     kernels = [step_kernels.Kernel("attention", "fp8_linear", "fp8_linear_kernel", 2, 400.0)]
-    figure = step.result(prepared, taken, 1e12, kernels, "1 command buffers", "now")
+    figure = step.result(prepared, taken, 1e12, kernels, 900.0, "1 command buffers", "now")
     assert np.asarray(steps.state.arrays.positions).tolist() == [64 + SPEC.room] * 2
     assert [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(steps.state.arrays.cache)] == before
     assert figure.bound_us == pytest.approx(figure.bytes / 1e6, abs=0.01)
@@ -201,7 +201,15 @@ def test_a_profile_holds_the_kernels_of_step_programs() -> None:
     data = jax.profiler.ProfileData.from_serialized_xspace(
         jax.profiler.ProfileData.text_proto_to_serialized_xspace(text)
     )
-    assert step_kernels.events_of(data) == [(1003, "row_kernel", 2.0)]
+    assert step_kernels.events_of(data, "jit_traced") == [(1003, "row_kernel", 2.0)]
+    assert step_kernels.events_of(data, "jit_other") == []
+
+
+def test_a_graph_takes_from_its_first_kernel_to_the_end_of_its_last() -> None:
+    first = [(0, "a_kernel", 2.0), (3000, "b_kernel", 4.0), (5000, "c", 1.0)]
+    later = [(20_000 + start, name, us) for start, name, us in first]
+    assert step_kernels.graph_us([*later, *first], 2) == 7.0
+    assert step_kernels.graph_us([*later, *first, (40_000, "a", 1.0), (40_100, "b", 1.0), (50_000, "c", 0.5)], 3) == 7.0
 
 
 def test_the_scopes_of_the_step_name_its_stages(prepared: step.Prepared) -> None:
@@ -297,6 +305,16 @@ def test_a_sweep_looks_at_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert figure.graph.startswith("ok over 40 steps; traces: 1;") and figure.stages_us == {}
 
 
+def test_a_profile_of_something_else_leaves_the_time(prepared: step.Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    def other(steps: step.Steps) -> None:
+        raise ValueError("0 launches in 4 steps")
+
+    monkeypatch.setattr(step_kernels, "profiled", other)
+    assert step.split(prepared.steps, said.append) == ([], 0.0) and said == ["no stages: 0 launches in 4 steps"]
+
+
 def test_only_plans_of_one_model_are_compared() -> None:
     with pytest.raises(ValueError, match="do not share their weights"):
         step.compare(SPEC, dataclasses.replace(SPEC, config=dataclasses.replace(CONFIG, vocab_size=64)), 1e12)
@@ -325,4 +343,9 @@ def test_the_command_times_records_and_draws(tmp_path: Path, monkeypatch: pytest
     _, (figure,) = step_report.read(tmp_path / "step" / "step.json")
     assert figure.key == ("3 layers, w8a16", 2, 64) and figure.us > 0 and figure.run == "run"
     assert figure.backends["experts"] == "reference" and (tmp_path / "step" / "step.png").exists()
-    assert len(session.said) == 1
+    weights, compiled, timed = session.said
+    assert (
+        weights.endswith("weights made")
+        and compiled.startswith("batch 2, context 64: compiled")
+        and timed == step.line(figure)
+    )
