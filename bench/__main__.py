@@ -1,4 +1,5 @@
-"""The command line of ``python -m bench``: list, verify, run, compare, sweep, layer, indexer, step, graph, ab, soak, report."""
+"""The command line of ``python -m bench``: list, verify, run, compare, sweep, layer, indexer, step, prompt, graph, ab, soak,
+report."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from typing import Any
 
 import jax
 
-from bench import ab, indexer, layer, readme, records, report, run, soak_command, step_command
+from bench import ab, indexer, layer, prompt, readme, records, report, run, soak_command, step_command
 from bench.check import WrongResult, checked
 from bench.operations import ROWS, Operation, discover, packages, select
 from bench.prepare import Share, run_workers
@@ -149,6 +150,14 @@ def whole_step_command(options: argparse.Namespace) -> int:
     return step_command.run(options, Session(arch, options.results))
 
 
+def prompt_command(options: argparse.Namespace) -> int:
+    """A long prompt through the kernels into the caches: real widths, synthetic weights; see bench/prompt.py."""
+    step_command.reserve_memory()
+    arch = run.require_gpu(default_arch(), "prompt")
+    compile_cache.enable()
+    return prompt.run(options, Session(arch, options.results))
+
+
 def graph_command(options: argparse.Namespace) -> int:
     """The graph of the whole decode step, compiled for a GPU that is not there; needs JAX's CUDA plugin and Triton."""
     return step_command.graph(options)
@@ -238,6 +247,7 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--rounds", type=int, default=7, help="rounds whose median is taken (default %(default)s)")
     step_command.add_graph_options(add("graph", graph_command, "look at the decode step's graph (needs no GPU)"))
     step_command.add_options(add("step", whole_step_command, "time the whole decode step (needs a GPU)"))
+    prompt.add_options(add("prompt", prompt_command, "time a long prompt (needs a GPU)"))
     ab.add_options(add("ab", ab.main, "time two revisions or plans of the step (needs a GPU)"))
     soak_command.add_options(add("soak", soak_command.main, "run one program for thousands of steps"))
     reporting = add("report", report_command, "write tables and plots from the records")

@@ -2,8 +2,8 @@
 
 GLM-5.2's widths, synthetic weights made where they lie, a layer that shares its selection, FP8 caches of 4096 tokens. Two layers
 are a graph with its exchanges over peer pointers that is replayed in a loop (``bench.collectives`` says why). Beside the layer
-stand its experts with the exchanges around them and without: the difference is what dispatch and combine cost. ``unrolled`` is
-the layer in a program without the loop, as a decode step has it today: the host's part shows in it.
+stand its experts with the exchanges around them and without: the difference is what dispatch and combine cost. ``layer-unrolled``
+is the layer in a program without the loop, as a decode step has it today: the host's part shows in it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from pallas_kernels import paged, registry
 from pallas_kernels.compare import rel_l2
 from pallas_kernels.lowering import default_arch
 
-LAYER, UNROLLED, EXPERTS, AROUND = "layer", "layer, unrolled", "experts", "experts+exchange"
+LAYER, UNROLLED, EXPERTS, AROUND = "layer", "layer-unrolled", "experts", "experts+exchange"
 PARTS = (LAYER, UNROLLED, EXPERTS, AROUND)
 CASES = "tp:1,ep:1,ep:64,ep+dp:64"
 TARGETS = {(LAYER, "tp", 4, 1): 80.0}
@@ -261,12 +261,18 @@ def table(figures: Sequence[Figure]) -> list[str]:
     ]
 
 
+def _parts(text: str) -> list[str]:
+    if unknown := set(parts := text.split(",")) - set(PARTS):
+        raise argparse.ArgumentTypeError(f"{sorted(unknown)} are no parts: there are {', '.join(PARTS)}")
+    return parts
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, prints and records; 1 where a result was wrong, 2 without the GPUs."""
     parser = argparse.ArgumentParser(prog="python -m bench.moe_layer", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--devices", type=int, default=jax.device_count(), help="all of them unless given")
     parser.add_argument("--cases", default=CASES, help="MODE:ROWS, default %(default)s")
-    parser.add_argument("--parts", default=",".join(PARTS), help="default %(default)s")
+    parser.add_argument("--parts", type=_parts, default=PARTS, help=f"default {','.join(PARTS)}")
     parser.add_argument("--rounds", type=int, default=5, help="rounds whose median is taken (default %(default)s)")
     parser.add_argument("--results", type=Path, default=records.RESULTS, help="where records are kept")
     options = parser.parse_args(arguments)
@@ -281,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if mode not in weights:
             weights.clear()  # One mode's weights at a time.
             weights[mode] = make_weights(spec)
-        for figure in measure(spec, weights[mode], options.parts.split(","), results.copy, options.rounds):
+        for figure in measure(spec, weights[mode], options.parts, results.copy, options.rounds):
             show(f"{figure.part} {mode} x{figure.devices} {rows} rows: {figure.us:.2f} us +-{figure.spread:.0%}, bound "
                  f"{figure.bound_us:.1f}, error {figure.error:.1e}, whole {figure.whole}, {figure.backends}")  # fmt: skip
             if figure.error <= TOLERANCE:

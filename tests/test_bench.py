@@ -1,5 +1,6 @@
 """Finding, checking and timing operations on the CPU, with an operation made for it: no figure here means anything."""
 
+import argparse
 import itertools
 import types
 from typing import Any
@@ -178,3 +179,11 @@ def test_repeats_that_differ_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert check.same_bits(made, Spec(), "reference", made.inputs(Spec(), jax.random.key(0)))
     monkeypatch.setattr(Operation, "function", lambda *_: lambda *_: jnp.float32(next(counter) // 3))
     assert not check.same_bits(made, Spec(), "reference", made.inputs(Spec(), jax.random.key(0)))
+
+
+def test_parts_of_the_sparse_layer_are_named_on_the_command_line() -> None:
+    from bench import moe_layer
+
+    assert tuple(moe_layer._parts(",".join(moe_layer.PARTS))) == moe_layer.PARTS
+    with pytest.raises(argparse.ArgumentTypeError, match="'unrolled'.* are no parts: there are layer, "):
+        moe_layer._parts("layer,unrolled")
