@@ -185,5 +185,5 @@ def test_parts_of_the_sparse_layer_are_named_on_the_command_line() -> None:
     from bench import moe_layer
 
     assert tuple(moe_layer._parts(",".join(moe_layer.PARTS))) == moe_layer.PARTS
-    with pytest.raises(argparse.ArgumentTypeError, match="'unrolled'.* are no parts: there are layer, "):
+    with pytest.raises(argparse.ArgumentTypeError, match=r"'unrolled'.* are no parts: there are layer, "):
         moe_layer._parts("layer,unrolled")
