@@ -136,8 +136,8 @@ type Carry = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def layers(spec: StepSpec, weights: Any, fixed: Any, carry: Carry) -> Carry:
-    """All layers on one device; carry: residual stream, latents, the router's tickets."""
-    (table, selection), (x, latent, tickets) = fixed, carry
+    """All layers on one device; carry: residual stream, latents, the router's mailbox."""
+    (table, selection), (x, latent, mailbox) = fixed, carry
     plan, config = spec.plan, spec.config
     last = jnp.full((x.shape[0],), spec.context - 1, jnp.int32)
     rows = make_rows(config, table, last, jnp.ones_like(last), 1)
@@ -145,26 +145,26 @@ def layers(spec: StepSpec, weights: Any, fixed: Any, carry: Carry) -> Carry:
     for layer in range(CALLS):
         given = (weights.attention, layer, _NO_INDEXER, None, x, delta, cache, rows, selection, config, plan)
         x, out, cache, _ = add_attention(*given)
-        x, delta, _, tickets = model.add_mlp(weights, layer, x, out, tickets, config, plan)
-    return (x if delta is None else x + delta), cache.latent, tickets
+        x, delta, _, mailbox = model.add_mlp(weights, layer, x, out, mailbox, config, plan)
+    return (x if delta is None else x + delta), cache.latent, mailbox
 
 
 def experts(spec: StepSpec, weights: Any, carry: Carry, exchanged: bool) -> Carry:
     """The experts of all layers on one device, with the exchanges around them or without: then it meets all rows from the start."""
-    x, latent, tickets = carry
+    x, latent, mailbox = carry
     share = spec.plan.parallel
     assert share is not None
     given = jnp.tile(x, (share.devices, 1)) if share.own_sequences and not exchanged else x
     for layer in range(CALLS):
 
         def run(rows: jax.Array, layer: int = layer) -> tuple[jax.Array, jax.Array]:
-            nonlocal tickets
-            out, chosen, tickets = mixed(weights.moe, layer, rows, tickets, spec.config, spec.plan)
+            nonlocal mailbox
+            out, chosen, mailbox = mixed(weights.moe, layer, rows, mailbox, spec.config, spec.plan)
             return out, chosen
 
         out, _ = model.mlp_sum(run, given, spec.plan) if exchanged else run(given)
         given = given + out
-    return given[: x.shape[0]], latent, tickets
+    return given[: x.shape[0]], latent, mailbox
 
 
 def part_of(spec: StepSpec, part: str, replays: int, loop: bool) -> Callable[[Any, Any], Any]:
@@ -177,7 +177,7 @@ def part_of(spec: StepSpec, part: str, replays: int, loop: bool) -> Callable[[An
                 return layers(spec, weights, fixed, carry)
             return experts(spec, weights, carry, part == AROUND)
 
-        return parallel.repeated(some, (x, latent, model.new_tickets(x.shape[0], plan)), replays, loop)[:2]
+        return parallel.repeated(some, (x, latent, model.new_mailbox(x.shape[0], config, plan)), replays, loop)[:2]
 
     batch, pages = parallel.batch_spec(plan), parallel.cache_spec(plan)
     inputs = (parallel.weight_specs(config, False, plan), batch, batch, pages)

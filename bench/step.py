@@ -38,6 +38,8 @@ from pallas_kernels.registry import Choice
 
 # Steps that the host is behind when it reads a token.
 LAG = 2
+# Steps of a round. It begins with an idle GPU that waits for the first one to be queued, which is 1 % of so many.
+QUEUED = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +105,7 @@ class Steps(timing.Repeat):
 
     def warm_up(self, round_seconds: float = 0.1) -> None:
         super().warm_up(round_seconds)
-        self.in_flight = min(self.in_flight, self.spec.room)
+        self.in_flight = min(QUEUED, self.spec.room)
 
     def paced(self, steps: int) -> tuple[list[float], list[float]]:
         """Microseconds between arrivals of tokens, and of queueing a step, while the host reads ``LAG`` steps late."""
