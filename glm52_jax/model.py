@@ -20,7 +20,7 @@ from glm52_jax.layers.mlp import add_dense_mlp, swiglu_mlp
 from glm52_jax.layers.moe import add_moe, mixed
 from glm52_jax.plan import Plan
 from glm52_jax.weights import Weights
-from pallas_kernels import collectives, fp8_linear, norm_quant
+from pallas_kernels import collectives, fp8_linear, norm_quant, router
 
 # Inspection points: "hidden.<layer>" [batch, width, hidden], "topk.<layer>" [batch, width, index_topk], "experts.<layer>" [.., k].
 type Taps = dict[str, jax.Array]
@@ -46,7 +46,7 @@ def forward(
     # What the block before has yet to add to x: the sum shares a launch with the norm after it.
     delta: jax.Array | None = None
     selection: Selection | None = None
-    tickets = new_tickets(x.shape[0], plan)
+    mailbox = new_mailbox(x.shape[0], config, plan)
     found: Taps = {}
     for layer in range(config.num_hidden_layers):
         full = config.indexer_types[layer] == FULL
@@ -67,7 +67,7 @@ def forward(
             )
             with jax.named_scope("attention"):
                 x, out, cache, selection = add_attention(*given)
-            x, delta, chosen, tickets = add_mlp(weights, layer, x, out, tickets, config, plan)
+            x, delta, chosen, mailbox = add_mlp(weights, layer, x, out, mailbox, config, plan)
         if taps:
             found[f"hidden.{layer}"] = (x + delta).reshape(batch, width, -1)
             if full:
@@ -91,14 +91,14 @@ def add_mlp(
     layer: int,
     x: jax.Array,
     out: jax.Array | None,
-    tickets: jax.Array,
+    mailbox: jax.Array,
     config: Config,
     plan: Plan,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
     """Adds attention's ``out``, of which each device has a summand, to the residual stream and applies the layer's MLP.
 
-    tickets: of ``new_tickets``. Returns the stream, the MLP's output (summed, not added yet), the chosen experts of a sparse layer,
-    and the tickets. One device adds and norms in the launch of what follows, several in that of their sum.
+    mailbox: of ``new_mailbox``. Returns the stream, the MLP's output (summed, not added yet), the chosen experts of a sparse layer,
+    and the mailbox. One device adds and norms in the launch of what follows, several in that of their sum.
     """
     alone, eps = plan.parallel is None or plan.parallel.devices == 1, config.rms_norm_eps
     if config.mlp_layer_types[layer] == DENSE:
@@ -106,28 +106,29 @@ def add_mlp(
         assert dense is not None
         with jax.named_scope("dense"):
             if alone:
-                return *add_dense_mlp(dense, index, x, out, config, plan), None, tickets
+                return *add_dense_mlp(dense, index, x, out, config, plan), None, mailbox
             x, normed = add_sum(x, out, dense.post_norm, index, eps, plan)
-            return x, *mlp_sum(lambda rows: (swiglu_mlp(dense, index, rows, plan), None), normed, plan), tickets
+            return x, *mlp_sum(lambda rows: (swiglu_mlp(dense, index, rows, plan), None), normed, plan), mailbox
     sparse, index = weights.moe, config.sparse_layers.index(layer)
     assert sparse is not None
     if alone:
-        return add_moe(sparse, index, x, out, tickets, config, plan)
+        return add_moe(sparse, index, x, out, mailbox, config, plan)
 
     def run(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-        nonlocal tickets
-        out, ids, tickets = mixed(sparse, index, rows, tickets, config, plan)
+        nonlocal mailbox
+        out, ids, mailbox = mixed(sparse, index, rows, mailbox, config, plan)
         return out, ids
 
     x, normed = add_sum(x, out, sparse.post_norm, index, eps, plan)
     summed, chosen = mlp_sum(run, normed, plan)
-    return x, summed, chosen, tickets
+    return x, summed, chosen, mailbox
 
 
-def new_tickets(rows: int, plan: Plan) -> jax.Array:
-    """Zeros on which launches of the router count their programs, for a device's ``rows`` rows: made once for all layers."""
+def new_mailbox(rows: int, config: Config, plan: Plan) -> jax.Array:
+    """Zeros in which the programs of the router's launches meet, for a device's ``rows`` rows: made once for all layers."""
     share = plan.parallel
-    return jnp.zeros((rows * share.devices if share is not None and share.own_sequences else rows,), jnp.int32)
+    rows = rows * share.devices if share is not None and share.own_sequences else rows
+    return jnp.zeros((router.mailbox_words(rows, config.hidden_size, config.n_routed_experts),), jnp.int32)
 
 
 def add_sum(

@@ -17,7 +17,9 @@ def moe(weights: MoeWeights, layer: int, x: jax.Array, config: Config, plan: Pla
     ``layer`` counts sparse layers. Returns [rows, hidden], of which each device of a mesh has a summand, and the chosen experts
     int32 [rows, k], which every device knows.
     """
-    return add_moe(weights, layer, x, None, jnp.zeros((x.shape[0],), jnp.int32), config, plan)[1:3]
+    words = router.mailbox_words(x.shape[0], config.hidden_size, config.n_routed_experts)
+    mailbox = jnp.zeros((words,), jnp.int32)
+    return add_moe(weights, layer, x, None, mailbox, config, plan)[1:3]
 
 
 def add_moe(
@@ -25,25 +27,26 @@ def add_moe(
     layer: int,
     x: jax.Array,
     delta: jax.Array | None,
-    tickets: jax.Array,
+    mailbox: jax.Array,
     config: Config,
     plan: Plan,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Adds the block before (``delta`` [rows, hidden], or None) to the residual stream, norms, routes and applies ``moe``.
 
-    tickets: int32 [rows], zeros, of the router. Returns the stream with delta added, this layer's output (not added yet), the
-    chosen experts, and the tickets.
+    mailbox: zeros, of the router (``router.mailbox_words``). Returns the stream with delta added, this layer's output (not added
+    yet), the chosen experts, and the mailbox.
     """
-    x, normed, ids, mixture, tickets = _routed(weights, layer, x, delta, weights.post_norm, tickets, config)
-    return x, _mixed(weights, layer, normed, ids, mixture, plan), ids, tickets
+    given = (x, delta, weights.post_norm, mailbox, config, plan)
+    x, normed, ids, mixture, lists, mailbox = _routed(weights, layer, *given)
+    return x, _mixed(weights, layer, normed, ids, mixture, lists, plan), ids, mailbox
 
 
 def mixed(
-    weights: MoeWeights, layer: int, normed: jax.Array, tickets: jax.Array, config: Config, plan: Plan
+    weights: MoeWeights, layer: int, normed: jax.Array, mailbox: jax.Array, config: Config, plan: Plan
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """``moe`` of rows that are normed already: the output, the chosen experts, and the tickets."""
-    _, _, ids, mixture, tickets = _routed(weights, layer, normed, None, None, tickets, config)
-    return _mixed(weights, layer, normed, ids, mixture, plan), ids, tickets
+    """``moe`` of rows that are normed already: the output, the chosen experts, and the mailbox."""
+    _, _, ids, mixture, lists, mailbox = _routed(weights, layer, normed, None, None, mailbox, config, plan)
+    return _mixed(weights, layer, normed, ids, mixture, lists, plan), ids, mailbox
 
 
 def _routed(
@@ -52,9 +55,12 @@ def _routed(
     x: jax.Array,
     delta: jax.Array | None,
     norm: jax.Array | None,
-    tickets: jax.Array,
+    mailbox: jax.Array,
     config: Config,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    plan: Plan,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, router.Lists | None, jax.Array]:
+    """As ``router.add_norm_route``, which lists the rows of all experts: they must be all here."""
+    elsewhere = plan.parallel is not None and plan.parallel.whole_experts
     return router.add_norm_route(
         x,
         delta,
@@ -62,15 +68,22 @@ def _routed(
         weights.router,
         weights.router_bias,
         layer,
-        tickets,
+        mailbox,
         eps=config.rms_norm_eps,
         k=config.num_experts_per_tok,
         scale=config.routed_scaling_factor,
+        unit=0 if elsewhere else experts.list_unit(),
     )
 
 
 def _mixed(
-    weights: MoeWeights, layer: int, normed: jax.Array, ids: jax.Array, mixture: jax.Array, plan: Plan
+    weights: MoeWeights,
+    layer: int,
+    normed: jax.Array,
+    ids: jax.Array,
+    mixture: jax.Array,
+    lists: router.Lists | None,
+    plan: Plan,
 ) -> jax.Array:
     return experts.mix(
         normed,
@@ -82,6 +95,7 @@ def _mixed(
         weights.shared_down,
         layer,
         arithmetic=plan.linear,
+        lists=lists,
     )
 
 

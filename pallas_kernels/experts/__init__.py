@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from pallas_kernels import registry
 from pallas_kernels.arch import Arch
 from pallas_kernels.blocks import BLOCK, BlockScaled, Weight
-from pallas_kernels.experts.mosaic_plan import one_row, several_rows
+from pallas_kernels.experts.mosaic_plan import UNIT, one_row, several_rows
 from pallas_kernels.experts.spec import Spec
+from pallas_kernels.lowering import default_arch
 from pallas_kernels.registry import Backend, Module, Refusal, always, needs_sm80, needs_sm90
 
 ARITHMETICS = ("w8a16", "w8a8")
@@ -30,6 +31,7 @@ def mix(
     layer: int | jax.Array,
     *,
     arithmetic: str = "w8a16",
+    lists: tuple[jax.Array, jax.Array] | None = None,
     backend: str | None = None,
 ) -> jax.Array:
     """Weighted sum of the chosen experts, plus the shared expert.
@@ -38,7 +40,8 @@ def mix(
     Inputs: x [rows, hidden]; ids int32 [rows, k], an id that is negative or no expert's adds nothing, whatever its weight; weights
       float32 [rows, k], 2.5 included; gate_up [moe layers, experts, 2, width, hidden]; down [moe layers, experts, hidden, width];
       shared_gate_up [moe layers, 2, shared width, hidden]; shared_down [moe layers, hidden, shared width]; layer: static or traced
-      scalar. No stack is sliced or copied (but see Refuses), offsets are 64-bit. backend: None chooses.
+      scalar. No stack is sliced or copied (but see Refuses), offsets are 64-bit. lists: of ``router.add_norm_route`` for exactly
+      these ids and the unit of ``list_unit()``; without them a launch of its own makes them. backend: None chooses.
     Outputs: [rows, hidden] in x's dtype.
     Rounding points: the SwiGLU product once to x's dtype; down-projections, weights and sums in float32; one rounding at the end.
       The Hopper backend (up to 64 rows) multiplies e4m3 by e4m3 as ``fp8_linear`` does, W8A16 with two terms of x.
@@ -47,7 +50,7 @@ def mix(
     Refuses: kernels take bfloat16 x, FP8 block-scaled weights, sizes that are multiples of 128 and up to 1024 experts, the one for
       Hopper 1 to 64 rows (one row: a hidden size that is a multiple of 1024), Triton's W8A16 only; everything else is the
       reference's. On GPUs older than SM89 the stacks are passed as bytes, and whether XLA does that without a copy is unmeasured.
-    Graph-safe: yes; fixed shapes. On Hopper two launches for one row, four for 2 to 8, eight for 9 to 64.
+    Graph-safe: yes; fixed shapes. On Hopper two launches for one row, four for 2 to 8, three with lists, eight for 9 to 64.
     Bound: bytes of the distinct experts hit and of the shared one, once: 340 MB for one row at GLM's shape.
     Source: spec section 5.6; the weight multiplies the expert's output.
     """
@@ -61,8 +64,13 @@ def mix(
         *(kinds.pop() if len(kinds) == 1 else "mixed", arithmetic),
     )
     stacks = (gate_up, down, shared_gate_up, shared_down)
-    args = (x, ids, weights, *stacks, jnp.asarray(layer, jnp.int32), None)
+    args = (x, ids, weights, *stacks, jnp.asarray(layer, jnp.int32), None, lists)
     return registry.call("experts", BACKENDS, spec, args, forced=backend)
+
+
+def list_unit() -> int:
+    """Rows of an item of the lists that ``mix`` takes on the default device; 0 where it takes none."""
+    return 0 if needs_sm90(default_arch()) else UNIT
 
 
 def _kind(w: Weight) -> str:

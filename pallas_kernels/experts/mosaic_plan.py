@@ -154,6 +154,11 @@ class Rows:
         return self.k if self.mats == 2 else 1
 
     @property
+    def common(self) -> bool:
+        """Whether the columns are all rows, the same for every item."""
+        return self.mats == 2 and self.folded
+
+    @property
     def tiles(self) -> int:
         return self.n // TILE
 
@@ -217,10 +222,15 @@ def several_rows(spec: Spec, **changes: int) -> tuple[Rows, Rows] | None:
         shared_n, shared_depth = (spec.shared_width, depth) if mats == 2 else (n, spec.shared_width)
         common = math.gcd(depth, shared_depth) // BLOCK
         sizes = (spec.rows, spec.k, spec.experts, 2 if spec.arithmetic == "w8a16" else 1, mats)
-        shape = (n, depth, shared_n, shared_depth, spec.rows <= UNIT, math.gcd(4 // mats, common), math.gcd(4, common))
-        # A short tile of down gives one warpgroup more to do than its bytes take to come.
-        groups = 3 if mats == 1 and depth <= 8 * BLOCK else 1
-        plan = dataclasses.replace(Rows(*sizes, *shape, groups, 1), **changes)
+        folded, short = spec.rows <= UNIT, spec.width <= 8 * BLOCK
+        step, piece, groups = math.gcd(4 // mats, common), math.gcd(4, common), 1
+        if mats == 1 and short:
+            groups = 3  # A short tile of down gives one warpgroup more to do than its bytes take to come.
+        elif mats == 2 and short and folded:
+            # One or two tiles a block of threads: two warpgroups share the bandwidth that blocks with one tile leave.
+            step, piece, groups = 1, math.gcd(2, common), 2
+        plan = Rows(*sizes, n, depth, shared_n, shared_depth, folded, step, piece, groups, 1)
+        plan = dataclasses.replace(plan, **changes)
         stages = changes.get("stages", min(12, (_SMEM - plan.smem()) // plan.stage_bytes + 1))
         if stages < 2:
             return None

@@ -2,7 +2,9 @@
 
 An item is an expert and up to eight of its rows, which are the columns of wgmma (twice as many in W8A16: x/s = hi + lo/16); weights
 are its 64 rows. The tiles of all items are dealt out in equal, connected shares to one block of threads an SM. It gathers and
-quantizes the rows of an item once and keeps them in shared memory while the weights of all its tiles there stream past.
+quantizes the rows of an item once and keeps them in shared memory while the weights of all its tiles there stream past. Up to
+eight rows of gate_up need no gathering: the columns are all rows of the batch, for every item and for the shared expert, and a tile
+stores those that the item has. Then warpgroups run through their tiles on their own.
 
 What lies between the launches is indexed by slot: a pair (row, choice) by its number, a row of the shared expert by pairs + row.
 """
@@ -51,6 +53,9 @@ class Worker:
         items = self.list_items(count - self.shared_count)
         for i in range(plan.stages):
             pl.when(i < self.all_steps)(functools.partial(self.fetch, jnp.int32(i)))
+        if plan.common:
+            pl.when(count > 0)(functools.partial(self.all_rows, count))
+            return
         if plan.shared_tiles:
             pl.when(self.shared_count > 0)(functools.partial(self.item, True, 0, jnp.int32(0), self.shared_count))
 
@@ -60,6 +65,18 @@ class Worker:
             self.item(False, entry, jnp.maximum(low, 0) + self.shared_count, high)
 
         lax.fori_loop(0, items, item, None)
+
+    def all_rows(self, count: Any) -> None:
+        """All tiles of this warpgroup, where every item has the same columns."""
+        self.gather(True, 0)
+        self.together()
+        lax.fori_loop(0, self.shared_mine, functools.partial(self.tile, True, 0), None)
+
+        def routed(i: Any, _: None) -> None:
+            tile = self.start + self.wg + i * self.plan.groups - self.shared_count
+            self.tile(False, lax.div(tile, self.plan.tiles) - self.first_item, i, None)
+
+        lax.fori_loop(self.shared_mine, self.mine(count), routed, None)
 
     def mine(self, number: Any) -> Any:
         """Tiles of this warpgroup before the tile with that number in the block's share."""
@@ -270,7 +287,8 @@ class Worker:
 
         def one(c: int) -> None:
             slot = self.slot_of(shared, entry, c) - (plan.pairs if shared else 0)
-            column = plgpu.load(self.partial.at[self.wg, :, c], layout=_ACC.reduce(1), optimized=False)
+            at = lax.div(slot, plan.rows_from) if plan.common and not shared else c
+            column = plgpu.load(self.partial.at[self.wg, :, at], layout=_ACC.reduce(1), optimized=False)
             out.at[slot, pl.ds(tile * TILE, TILE)][...] = column.astype(out.dtype)
 
         for c in range(UNIT):

@@ -1,7 +1,8 @@
 """Experts of 1 to 64 rows on Hopper, in Pallas Mosaic GPU: the launches.
 
-One row: gate_up and down, which adds the experts. More: the plan (Triton's), gate_up, down with its parts in memory, and their sum,
-which is XLA's. Above eight rows the shared expert is two launches of ``fp8_linear``, which reads its weights once for all rows.
+One row: gate_up and down, which adds the experts. More: the plan (Triton's, if the router made none), gate_up, down with its parts
+in memory, and their sum, which is XLA's. Above eight rows the shared expert is two launches of ``fp8_linear``, which reads its
+weights once for all rows.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ def run(
     shared_down: BlockScaled,
     layer: jax.Array,
     after: Any = None,
+    lists: tuple[jax.Array, jax.Array] | None = None,
     plan: Any = None,
 ) -> jax.Array:
     """As ``experts.mix`` describes it; nothing reads ``after``. plan: instead of what is chosen for the spec."""
@@ -49,7 +51,7 @@ def run(
         (h,) = mosaic_gate_up_sm90.build(plan)(at, flat[0], x.reshape(-1, BLOCK), *up)
         (y,) = mosaic_down_sm90.build(plan)(at, *flat, h.reshape(-1, BLOCK), *out)
         return y.reshape(x.shape)
-    tables = (_lines(array) for array in sorted_pairs(spec, UNIT, ids))
+    tables = (_lines(array) for array in lists or sorted_pairs(spec, UNIT, ids))
     places = (at, *tables)
     blocks = x.reshape(spec.rows, -1, BLOCK)
     h, shared_h = build_rows(plan[0])(*places, blocks, blocks, *up)

@@ -23,8 +23,9 @@ def run(
     shared_down: Weight,
     layer: int | jax.Array,
     after: Any = None,
+    lists: Any = None,
 ) -> jax.Array:
-    """As ``experts.mix`` describes it; nothing reads ``after``."""
+    """As ``experts.mix`` describes it; nothing reads ``after`` or ``lists``."""
     return mix(x, ids, weights, gate_up, down, shared_gate_up, shared_down, layer, spec.arithmetic)
 
 

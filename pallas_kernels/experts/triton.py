@@ -241,8 +241,10 @@ def run(
     shared_down: BlockScaled,
     layer: jax.Array,
     after: Any = None,
+    lists: Any = None,
     plan: Plan | None = None,
 ) -> jax.Array:
+    """As ``experts.mix`` describes it; nothing reads ``after``, nor ``lists``, which are those of the kernels for Hopper."""
     plan = plan or plan_for(spec, default_arch())
     table, order = sorted_pairs(spec, plan.block_rows, ids)
     at, blocks, size = layer.reshape(1), -(-spec.rows // plan.block_rows), jax.ShapeDtypeStruct

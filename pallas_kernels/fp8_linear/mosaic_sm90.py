@@ -1,8 +1,8 @@
 """FP8 block-scaled linear layers for 1 to 64 rows on Hopper, in Pallas Mosaic GPU: launches and their buffers.
 
-One block of threads owns 64 output rows (gate and up rows for SwiGLU) and all of k, so nothing is reduced across blocks; what it
-does is in ``mosaic_tile_sm90``. Up to 8 rows it quantizes x by itself, one row may first become the norm of x + delta; more rows
-come quantized from a launch before (``prefill_split``), because every block would repeat that work.
+One block of threads owns 64 output rows (gate and up rows for SwiGLU) and all of k; where that makes few blocks, a cluster of them
+shares k. What it does is in ``mosaic_tile_sm90``. Up to 8 rows it quantizes x by itself, one row may first become the norm of
+x + delta; more rows come quantized from a launch before (``prefill_split``), because every block would repeat that work.
 """
 
 from __future__ import annotations
@@ -44,6 +44,20 @@ def run(
         return (total, normed, *run(plain, normed, weights, index, after))
     plan = plan_for(spec)
     assert plan is not None, spec
+    return launch(spec, plan, x, weights, index, after, norm, delta)
+
+
+def launch(
+    spec: Spec,
+    plan: Plan,
+    x: jax.Array,
+    weights: tuple[BlockScaled, ...],
+    index: tuple[Any, ...],
+    after: Any = None,
+    norm: jax.Array | None = None,
+    delta: jax.Array | None = None,
+) -> tuple[jax.Array, ...]:
+    """``run`` with a plan that serves the spec."""
     view = (spec.rows, plan.blocks, BLOCK)
     operands: list[Any] = [x.reshape(view)]
     if plan.ready:
@@ -99,6 +113,12 @@ def build(plan: Plan, out_dtype: str, interpret: Any = None) -> Callable[..., li
         scratch["squares"] = plgpu.SMEM((groups, plan.unit), jnp.float32)
         scratch["summed"] = plgpu.Barrier(num_arrivals=groups)
         scratch["inverse"] = plgpu.SMEM((groups, plan.unit), jnp.float32)
+    if plan.split > 1:
+        # A row of 8 sums is 32 bytes: stores to another block's shared memory want a tiled and swizzled buffer.
+        swizzled = (plgpu.TilingTransform((8, 8)), plgpu.SwizzleTransform(32))
+        shape = (plan.split - 1, groups, mats, TILE, plan.width)
+        scratch["sent"] = plgpu.SMEM(shape, jnp.float32, transforms=swizzled)
+        scratch["arrived"] = plgpu.Barrier(num_arrivals=(plan.split - 1) * groups * mats)
     inputs = 1 + plan.ready + bool(plan.norm) + plan.delta
 
     def fp8_linear(layer: Any, *refs: Any) -> None:
@@ -115,6 +135,8 @@ def build(plan: Plan, out_dtype: str, interpret: Any = None) -> Callable[..., li
         + [jax.ShapeDtypeStruct((plan.rows, n), jnp.dtype(out_dtype)) for n in plan.ns],
         grid=(plan.tiles,),
         grid_names=("tile",),
+        cluster=(plan.split,) if plan.split > 1 else (),
+        cluster_names=("part",) if plan.split > 1 else (),
         num_threads=groups,
         thread_name="wg",
         scratch_types=tuple(scratch.values()),

@@ -2,7 +2,8 @@
 
 Weights are the 64-row operand of e4m3 x e4m3 wgmma and the tokens its columns. Each warpgroup walks its own share of k through its
 own ring of TMA stages, quantizes its own part of x one step ahead, and promotes every 128-wide product to float32 with both scales.
-The partial sums of the warpgroups are added in a fixed order: the result is bitwise reproducible.
+The partial sums of the warpgroups are added in a fixed order: the result is bitwise reproducible (``mosaic_ending_sm90``). Where a
+tile has several blocks of threads (``Plan.split``), a cluster, their warpgroups share k as those of one block do.
 
 The columns of one wgmma (8 at least) are used up as follows.
   * one row: the columns are 8 consecutive k-blocks of x. A weight block is multiplied by all of them and a zero in the scale
@@ -28,13 +29,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.blocks import BLOCK
+from pallas_kernels.fp8_linear.mosaic_ending_sm90 import ACC as _ACC
+from pallas_kernels.fp8_linear.mosaic_ending_sm90 import Ending
 from pallas_kernels.fp8_linear.mosaic_quantize_sm90 import GROUPS, split
 from pallas_kernels.fp8_linear.plan import TILE, Plan
 
-_ACC = plgpu.Layout.WGMMA
 
-
-class Tile:
+class Tile(Ending):
     """The work of one block of threads, traced by every warpgroup.
 
     rows: x (or its values and scales, already quantized), norm, delta; arrays: (data, scale) a weight; outs: normed, total, then
@@ -48,11 +49,13 @@ class Tile:
         self.row_outs, self.outs = outs[: plan.row_outputs], outs[plan.row_outputs :]
         self.__dict__.update(memory)
         self.cta, self.wg = lax.axis_index("tile"), lax.axis_index("wg")
+        self.part = lax.axis_index("part") if plan.split > 1 else 0
+        self.share = self.part * plan.warpgroups + self.wg
         self.firsts = [sum(plan.ns[:j]) // TILE for j in range(len(plan.ns))]
-        even = plan.units % plan.warpgroups == 0
-        spread = plan.units // plan.warpgroups
-        # Units of k that this warpgroup walks: wg, wg + warpgroups, ...
-        self.units = spread if even else (plan.units - self.wg + plan.warpgroups - 1) // plan.warpgroups
+        even = plan.units % plan.shares == 0
+        spread = plan.units // plan.shares
+        # Units of k that this warpgroup walks: share, share + shares, ...
+        self.units = spread if even else (plan.units - self.share + plan.shares - 1) // plan.shares
         self.most_units = spread if even else spread + 1
 
     def compute(self) -> None:
@@ -72,12 +75,9 @@ class Tile:
         plgpu.barrier_wait(self.scales_full)
         zero = plgpu.layout_cast(jnp.zeros((TILE, plan.width), jnp.float32), _ACC)
         totals = lax.fori_loop(0, self.units, self.unit, (zero,) * plan.mats)
-        self.store_partial(totals)
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(self.done)
-        plgpu.barrier_wait(self.done)
-        for row in range(plan.rows):
-            pl.when(self.wg == row % plan.warpgroups)(functools.partial(self.finish, row))
+        if plan.split > 1:
+            pl.when(self.part > 0)(functools.partial(self.send, totals))
+        self._when(True if plan.split == 1 else self.part == 0, functools.partial(self.combine, totals))
 
     @staticmethod
     def _when(condition: Any, action: Callable[[], None]) -> None:
@@ -109,7 +109,7 @@ class Tile:
     def fetch_w(self, i: Any) -> None:
         """Starts the copies of this warpgroup's i-th step: ``plan.step`` neighbouring 64 x 128 blocks of every matrix."""
         plan = self.plan
-        unit = lax.div(i, plan.steps_per_unit) * plan.warpgroups + self.wg
+        unit = lax.div(i, plan.steps_per_unit) * plan.shares + self.share
         block = unit * plan.unit + lax.rem(i, plan.steps_per_unit) * plan.step
         slot = lax.rem(i, plan.stages)
 
@@ -138,7 +138,7 @@ class Tile:
     def fetch_x(self, iu: Any) -> None:
         """Starts the copies of one unit of x; rows beyond the last are zeros. With a norm, also of delta and the norm's weight."""
         plan, wg = self.plan, self.wg
-        unit, slot = iu * plan.warpgroups + wg, lax.rem(iu, plan.x_slots)
+        unit, slot = iu * plan.shares + self.share, lax.rem(iu, plan.x_slots)
         barrier, rows = self.x_full.at[wg * plan.x_slots + slot], pl.ds(jnp.int32(0), plan.columns)
         if plan.ready:
             for a in range(plan.unit):
@@ -166,14 +166,16 @@ class Tile:
         return ref.at[pl.ds(jnp.int32(0), plan.columns), unit * plan.unit + a, :]
 
     def load_row(self) -> list[tuple[Any, ...]]:
-        """This warpgroup's units of x and delta, straight from global memory: (whether it is one, x, delta)."""
+        """A share of x and delta, all of a row by the warpgroups of a block, from global memory: (whether it is one, x, delta)."""
         plan = self.plan
         refs = (self.x,) + ((self.more[1],) if plan.delta else ())
         chunks = []
-        for iu in range(self.most_units):
-            unit = jnp.minimum(iu * plan.warpgroups + self.wg, plan.units - 1)
+        for iu in range(-(-plan.units // plan.warpgroups)):
+            unit = iu * plan.warpgroups + self.wg
+            inside = True if plan.units % plan.warpgroups == 0 else unit < plan.units
+            unit = jnp.minimum(unit, plan.units - 1)
             tiles = (plgpu.load(self.row_part(ref, unit, 0), layout=GROUPS, optimized=False) for ref in refs)
-            chunks.append((iu < self.units, *tiles))
+            chunks.append((inside, *tiles))
         return chunks
 
     def sum_squares(self, chunks: list[tuple[Any, ...]]) -> None:
@@ -224,7 +226,7 @@ class Tile:
         # All loads come before all stores, and nothing branches: the chains of the tiles overlap.
         tiles = [plgpu.load(self.xbuf.at[wg, slot, a], layout=GROUPS, optimized=False) for a in range(plan.atoms)]
         if plan.norm:
-            tiles = [self.normed(iu * plan.warpgroups + wg, slot, tiles[0])]
+            tiles = [self.normed(iu * plan.shares + self.share, slot, tiles[0])]
         terms, scales = zip(*(split(tile.astype(jnp.float32), plan.terms) for tile in tiles), strict=True)
         for a in range(plan.atoms):
             for t, term in enumerate(terms[a]):
@@ -245,7 +247,7 @@ class Tile:
             i = iu * plan.steps_per_unit + s
             slot = lax.rem(i, plan.stages)
             # Read before the barrier below: the next but one unit overwrites them.
-            block = (iu * plan.warpgroups + wg) * plan.unit + s * plan.step
+            block = (iu * plan.shares + self.share) * plan.unit + s * plan.step
             factors = []
             for g in range(plan.step):
                 at = self.factors.at[wg, buffer, s * plan.step + g, pl.ds(0, plan.width)]
@@ -286,35 +288,6 @@ class Tile:
 
         kinds = [plgpu.ACC((TILE, plan.width), jnp.float32)] * (plan.step * plan.mats * terms)
         return pl.run_scoped(body, *kinds)
-
-    def store_partial(self, totals: tuple[jax.Array, ...]) -> None:
-        plan = self.plan
-        for m in range(plan.mats):
-            if plan.one_row:
-                self.partial.at[self.wg, m, :, 0][...] = jnp.sum(totals[m], axis=1)
-            else:
-                self.partial.at[self.wg, m][...] = totals[m]
-
-    def finish(self, row: int) -> None:
-        """Adds the warpgroups' sums in order and stores 64 outputs of one row of x."""
-        plan = self.plan
-        values = []
-        for m in range(plan.mats):
-            parts = [
-                plgpu.load(self.partial.at[g, m, :, row + t * plan.columns], layout=_ACC.reduce(1), optimized=False)
-                for g in range(plan.warpgroups)
-                for t in range(plan.partial // plan.columns or 1)
-            ]
-            values.append(functools.reduce(lambda a, b: a + b, parts))
-        y = values[0]
-        if plan.mats == 2:
-            y = y / (1.0 + jnp.exp(-y)) * values[1]
-
-        def store(j: int) -> None:
-            at = pl.ds((self.cta - self.firsts[j]) * TILE, TILE)
-            self.outs[j].at[row, at][...] = y.astype(self.outs[j].dtype)
-
-        self.mine(store)
 
 
 def added(x: Any, delta: Any = None) -> Any:

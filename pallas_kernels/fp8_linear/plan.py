@@ -23,6 +23,7 @@ class Plan:
     rows, k, ns: as in Spec; mats: matrices that a tile reads, 2 for SwiGLU; terms: e4m3 terms of an x, 1 (W8A8) or 2 (W8A16).
     warpgroups: each walks its own share of k; unit: k-blocks whose x is quantized at once; step: k-blocks of a TMA stage.
     stages, x_slots: depths of the rings. ready: x comes quantized, from a launch before. norm, delta, eps: as in Spec.
+    split: blocks of threads, one cluster, that share the k of a tile.
     """
 
     rows: int
@@ -39,6 +40,7 @@ class Plan:
     norm: str = ""
     delta: bool = False
     eps: float = 0.0
+    split: int = 1
 
     @property
     def blocks(self) -> int:
@@ -47,6 +49,16 @@ class Plan:
     @property
     def units(self) -> int:
         return self.blocks // self.unit
+
+    @property
+    def shares(self) -> int:
+        """Warpgroups that share the units of a tile."""
+        return self.warpgroups * self.split
+
+    @property
+    def even(self) -> bool:
+        """Whether all warpgroups of a tile walk as many whole units."""
+        return self.blocks % (self.unit * self.shares) == 0
 
     @property
     def steps_per_unit(self) -> int:
@@ -120,7 +132,8 @@ class Plan:
         if self.norm:
             x += self.x_slots * self.unit * BLOCK * (4 if self.norm == "float32" else 2) + 288
         factors = self.buffers * self.unit * self.factor_slots * 4 + self.mats * self.partial * TILE * 4
-        return self.warpgroups * (ring + x + factors) + self.mats * self.scale_slots * 4
+        sent = (self.split - 1) * self.mats * TILE * self.width * 4
+        return self.warpgroups * (ring + x + factors + sent) + self.mats * self.scale_slots * 4
 
 
 # (warpgroups, unit, step, most stages) by kind of tile, best first, as measured on an H200. Few warpgroups with wide steps read
@@ -139,6 +152,12 @@ _ROWS_TWO = ((1, 4, 4, 2), (1, 2, 2, 2), (2, 1, 1, 2), (1, 1, 1, 4), (1, 1, 1, 2
 _ROWS_SWIGLU = ((1, 2, 2, 2), (2, 1, 1, 2), (1, 1, 1, 2))
 _READY = ((2, 2, 2, 3), (1, 2, 2, 4), (1, 2, 2, 2))
 _LAST = ((2, 1, 1, 8), (1, 1, 1, 8), (1, 1, 1, 2))
+# ((warpgroups, unit, step, stages, x_slots, split), most blocks of threads): few tiles leave SMs idle, so clusters share k.
+# Clusters of three were slower than none (123 blocks, not all at once on the GPU's groups of SMs). One row waits for latencies
+# that a cluster only adds to: split for SwiGLU only.
+_SPLIT = (((3, 2, 2, 2, 2, 2), 96), ((2, 2, 2, 2, 2, 2), 96))
+_SPLIT_SHORT = (((1, 4, 4, 2, 2, 2), 128), *_SPLIT)
+_SPLIT_SWIGLU = (((1, 4, 4, 2, 2, 4), 96),)
 
 
 def plan_for(spec: Spec) -> Plan | None:
@@ -149,6 +168,11 @@ def plan_for(spec: Spec) -> Plan | None:
         return None
     mats, terms = 2 if spec.form == "swiglu" else 1, 2 if spec.arithmetic == "w8a16" else 1
     ready = spec.rows > IN_KERNEL_ROWS
+    if not (ready or spec.norm) and (mats == 2 or not one_row):
+        for sizes, most in _SPLIT_SWIGLU if mats == 2 else _SPLIT_SHORT if blocks <= 16 else _SPLIT:
+            plan = Plan(spec.rows, spec.k, spec.ns, mats, terms, *sizes[:-1], split=sizes[-1])
+            if tiles * plan.split <= most and plan.even and _fits(plan, _SMEM_ONE):
+                return plan
     shapes = (
         _ready(-(-spec.rows // 8) * 8, terms * mats)
         if ready
@@ -168,9 +192,13 @@ def plan_for(spec: Spec) -> Plan | None:
                 sizes = (warpgroups, unit, step, stages, x_slots)
                 more = {"ready": ready, "norm": spec.norm, "delta": spec.delta, "eps": spec.eps}
                 plan = Plan(spec.rows, spec.k, spec.ns, mats, terms, *sizes, **more)
-                if plan.smem <= budget - _RESERVED and plan.scale_slots <= _MOST_COPIED:
+                if _fits(plan, budget):
                     return plan
     return None
+
+
+def _fits(plan: Plan, budget: int) -> bool:
+    return plan.smem <= budget - _RESERVED and plan.scale_slots <= _MOST_COPIED
 
 
 def _ready(columns: int, products: int) -> tuple[tuple[int, int, int, int], ...]:

@@ -19,6 +19,7 @@ from pallas_kernels.blocks import Weight
 from pallas_kernels.latent_write.triton import write_row
 from pallas_kernels.lowering import triton_options
 from pallas_kernels.mla_front.spec import Spec
+from pallas_kernels.mla_out.triton import loaded
 
 # Pairs of a row and a head that one program rotates.
 _ROTATED = tl.constexpr(32)
@@ -78,8 +79,9 @@ def _absorb_rows(
     start = (layer * HEADS + head) * NOPE * LATENT
     a = tl.load(at_q + inner[None, :], mask=live & deep[None, :], other=0.0)
     b = tl.load(w_uk + start + inner[:, None] * LATENT + column[None, :], mask=deep[:, None], other=0.0)
+    tl.debug_barrier()  # see ``loaded``
     at_out = out + ((row * HEADS + head) * (LATENT + ROPE))[:, None]
-    tl.store(at_out + column[None, :], tl.dot(a, b).to(tl.bfloat16), mask=live)
+    tl.store(at_out + column[None, :], tl.dot(loaded(a), loaded(b)).to(tl.bfloat16), mask=live)
 
 
 @triton.jit

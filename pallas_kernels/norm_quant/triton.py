@@ -26,16 +26,22 @@ def row_kernel(
     group = tl.arange(0, PADDED)
     column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
     live = column < WIDTH
+    # Everything is loaded before anything is used: behind the sum, the layer and its weight were two more memory latencies.
+    if NORM:
+        start = tl.load(layer).to(tl.int64) * WIDTH
     y = tl.load(x + row * WIDTH + column, mask=live, other=0.0).to(tl.float32)
     if ADD:
-        y += tl.load(residual + row * WIDTH + column, mask=live, other=0.0).to(tl.float32)
+        delta = tl.load(residual + row * WIDTH + column, mask=live, other=0.0)
+    if NORM:
+        factor = tl.load(weight + start + column, mask=live, other=0.0)
+    if ADD:
+        y += delta.to(tl.float32)
         rounded = y.to(tl.bfloat16)
         tl.store(total + row * WIDTH + column, rounded, mask=live)
         y = rounded.to(tl.float32)
     if NORM:
         mean = tl.sum(tl.sum(y * y, 1), 0) / WIDTH
-        start = tl.load(layer).to(tl.int64) * WIDTH
-        y = y * tl.rsqrt(mean + EPS) * tl.load(weight + start + column, mask=live, other=0.0).to(tl.float32)
+        y = y * tl.rsqrt(mean + EPS) * factor.to(tl.float32)
         y = y.to(tl.bfloat16).to(tl.float32)
     if QUANT:
         bits, scale = quantize_rows(y)

@@ -10,9 +10,11 @@ import jax.numpy as jnp
 from pallas_kernels import registry
 from pallas_kernels.arch import Arch
 from pallas_kernels.registry import Backend, Module, Refusal, always, needs_sm80
-from pallas_kernels.router.spec import Spec
+from pallas_kernels.router.spec import Spec, mailbox_words
 
 _MOST_EXPERTS = 1024
+# Of the experts: (pairs and items up to and with each [2, experts], pairs sorted by expert).
+type Lists = tuple[jax.Array, jax.Array]
 
 
 def route(
@@ -52,40 +54,48 @@ def add_norm_route(
     gate: jax.Array,
     bias: jax.Array,
     layer: int | jax.Array,
-    tickets: jax.Array,
+    mailbox: jax.Array,
     *,
     eps: float,
     k: int,
     scale: float,
+    unit: int = 0,
     backend: str | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, Lists | None, jax.Array]:
     """Residual add, RMSNorm and the router of its result: one launch for few rows.
 
     Computes: total = x + delta (x itself without delta); normed = norm[layer] * total / sqrt(mean(total^2) + eps)
       (total without norm); ids, weights = route(normed, gate, bias, layer).
-    Inputs: x and delta [rows, hidden] of one dtype; norm [moe layers, hidden]; tickets int32 [rows], zeros: programs of a launch
-      count themselves there; gate, bias, layer, k, scale and backend as for ``route``, eps: static.
-    Outputs: total and normed [rows, hidden] in x's dtype; ids and weights as ``route``; tickets, zeros again.
+    Inputs: x and delta [rows, hidden] of one dtype; norm [moe layers, hidden]; mailbox int32 [``mailbox_words(rows, hidden,
+      experts)``], zeros: programs of a launch meet there; gate, bias, layer, k, scale and backend as for ``route``, eps: static;
+      unit: rows of an item of the experts (``experts.list_unit()``), 0 for no lists.
+    Outputs: total and normed [rows, hidden] in x's dtype; ids and weights as ``route``; lists, what ``experts.mix`` would make of
+      the ids first: (pairs and items up to and with each expert int32 [2, experts], pairs by expert int32 [rows * k]), or None
+      where the launch does not make them (unit 0, fewer than 3 or more than 8 rows, more than 8 choices); mailbox, zeros again.
     Rounding points: total once; the norm is taken of the rounded total, in float32, and rounded once; the rest as ``route``.
-    Refuses: as ``route``; ValueError for a delta, a norm or tickets of another shape. One launch up to 4 rows of bfloat16, three
-      for more.
-    In place: the tickets, under jit where they are no parameter, or donated. Graph-safe: yes; the same bits in every call and, up
-      to 4 rows, for a row whatever the rows beside it.
+    Refuses: as ``route``; ValueError for a delta, a norm or a mailbox of another shape. One launch for up to 4 rows
+      of bfloat16, up to 8 with a hidden size that is a multiple of 256; three for more.
+    In place: the mailbox, under jit where it is no parameter, or donated. Graph-safe: yes; the same bits in every call and, up to
+      8 rows, for a row whatever is in the rows beside it. Programs wait for each other there: those that wait for all are the
+      last of the grid, those that wait for neighbours are at most 4.
     Bound: bytes of gate[layer] once (3.1 MB in bfloat16 at GLM's shape).
     Source: spec sections 5 and 5.5.
     """
     kind = "" if norm is None else norm.dtype.name
-    spec = dataclasses.replace(_spec(x, gate, bias, k, scale), norm=kind, delta=delta is not None, eps=float(eps))
+    spec = dataclasses.replace(
+        _spec(x, gate, bias, k, scale), norm=kind, delta=delta is not None, eps=float(eps), unit=unit
+    )
     shape = (gate.shape[0], x.shape[1]) if norm is None else norm.shape
-    if shape != (gate.shape[0], x.shape[1]) or tickets.shape != x.shape[:1] or tickets.dtype != jnp.int32:
-        raise ValueError(
-            f"norm {shape} and tickets {tickets.dtype}{tickets.shape} must be [l, h] and int32 [r]: {x.shape=}, {gate.shape=}"
-        )
+    if shape != (gate.shape[0], x.shape[1]):
+        raise ValueError(f"norm {shape} must be [layers, hidden]: {x.shape=}, {gate.shape=}")
+    words = mailbox_words(spec.rows, spec.hidden, spec.experts)
+    if mailbox.shape != (words,) or mailbox.dtype != jnp.int32:
+        raise ValueError(f"mailbox {mailbox.dtype}{mailbox.shape} must be int32({words},): {x.shape=}, {gate.shape=}")
     if delta is not None and (delta.shape, delta.dtype) != (x.shape, x.dtype):
         raise ValueError(f"delta {delta.shape} {delta.dtype} must match x {x.shape} {x.dtype}")
-    args = (x, gate, bias, jnp.asarray(layer, jnp.int32), None, norm, delta, tickets)
-    total, normed, ids, weights, tickets = registry.call("router", BACKENDS, spec, args, forced=backend)
-    return total, normed, ids, weights, tickets
+    args = (x, gate, bias, jnp.asarray(layer, jnp.int32), None, norm, delta, mailbox)
+    total, normed, ids, weights, lists, mailbox = registry.call("router", BACKENDS, spec, args, forced=backend)
+    return total, normed, ids, weights, lists, mailbox
 
 
 def _spec(x: jax.Array, gate: jax.Array, bias: jax.Array, k: int, scale: float) -> Spec:

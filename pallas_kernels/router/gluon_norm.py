@@ -1,9 +1,9 @@
 """Residual add, RMSNorm and router in one launch, for few rows; Gluon, portable from SM80 to SM120.
 
 A program has two experts and all of the hidden size: what it reads of gate is 24 KB in two contiguous pieces, and while they come
-it adds and norms the row, which every program repeats for itself (24 KB from the L2). Of a row's programs the last one to arrive
-chooses: they count themselves on a ticket, which it sets back to zero. Every warp of it holds all logits, so that a maximum is one
-instruction of a warp (redux) and needs no shared memory.
+it adds and norms the row, which every program repeats for itself (24 KB from the L2). A row's last program chooses. Logits reach it
+in words that are zero until they are written, so it waits for words, without a fence or a counter, and then makes them zeros again.
+Every warp of it holds all logits, so that a maximum is one instruction of a warp (redux) and needs no shared memory.
 """
 
 from __future__ import annotations
@@ -21,14 +21,36 @@ from pallas_kernels.router.spec import Spec
 
 jax_gluon.install()
 _EXPERTS = 2  # of a program
-_WARPS = 8  # checked on a GPU, 6.7 us a row; 4 were only timed: 6.4
+_WARPS = 8
 _CHUNK = 2048  # most numbers that all threads load at once, 16 bytes each
 _GONE = gl.constexpr(-(2**31))
+# About 0.7 us each. Only choosing programs wait, one a row, and for programs that wait for nobody.
+MOST_POLLS = gl.constexpr(1 << 22)
+_TRAP = gl.constexpr("{ .reg .pred p; setp.eq.s32 p, $1, 0; @p trap; mov.u32 $0, 0; }")
 
 
 @gluon.jit
 def _add_pairs(a, b, c, d):
     return a + c, b + d
+
+
+@gluon.jit
+def word(number):
+    """A number's bits, never zero: +0 becomes -0, which makes no difference to a sum of others or to a sigmoid."""
+    bits = number.to(gl.int32, bitcast=True)
+    return gl.where(bits == 0, _GONE, bits)
+
+
+@gluon.jit
+def trap_unless(there):
+    gl.inline_asm_elementwise(_TRAP, "=r,r", [there], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _look(words, expert, EXPERTS: gl.constexpr):
+    """The words and whether all of them are written; every warp looks for itself."""
+    found = gl.load(words + expert, mask=expert < EXPERTS, other=_GONE, volatile=True)
+    return found, gl.min((found != 0).to(gl.int32), 0)
 
 
 @gluon.jit
@@ -58,11 +80,11 @@ def _choose(
 
 @gluon.jit
 def norm_route_kernel(
-    x, delta, norm, gate, bias, layer, tickets, total, normed, logits, ids, weights,
+    x, delta, norm, gate, bias, layer, mailbox, total, normed, ids, weights,
     HIDDEN: gl.constexpr, EXPERTS: gl.constexpr, K: gl.constexpr, SCALE: gl.constexpr, EPS: gl.constexpr, ADD: gl.constexpr,
     NORM: gl.constexpr, CHUNK: gl.constexpr, CHUNKS: gl.constexpr, PROGRAMS: gl.constexpr, BE: gl.constexpr, BK: gl.constexpr,
 ):  # fmt: skip
-    """Grid (PROGRAMS, rows). total, normed [rows, HIDDEN]; logits float32 [rows, EXPERTS]; ids, weights [rows, K]."""
+    """Grid (PROGRAMS, rows). total, normed [rows, HIDDEN]; mailbox: words of the logits [rows, EXPERTS]; ids, weights [rows, K]."""
     program, row = gl.program_id(0), gl.program_id(1).to(gl.int64)
     which = gl.load(layer).to(gl.int64)
     words: gl.constexpr = gl.BlockedLayout([8], [32], [gl.num_warps()], [0])
@@ -101,8 +123,9 @@ def norm_route_kernel(
         one += z.to(gl.float32) * ones[c].to(gl.float32)
         other += z.to(gl.float32) * others[c].to(gl.float32)
     one_logit, other_logit = gl.reduce((one, other), 0, _add_pairs)
-    gl.store(logits + row * EXPERTS + first, one_logit)
-    gl.store(logits + row * EXPERTS + second, other_logit)
+    words = mailbox + row * EXPERTS
+    gl.atomic_xchg(words + first, word(one_logit), sem="relaxed", scope="gpu")
+    gl.atomic_xchg(words + second, word(other_logit), mask=first + 1 < EXPERTS, sem="relaxed", scope="gpu")
     for c in gl.static_range(CHUNKS):
         if program == c % PROGRAMS:
             at = row * HIDDEN + c * CHUNK + lane
@@ -110,13 +133,18 @@ def norm_route_kernel(
                 gl.store(normed + at, normeds[c])
             if ADD:
                 gl.store(total + at, sums[c])
-    # What this program stored comes before its count, and what the last one loads after it.
-    gl.thread_barrier()
-    if gl.atomic_add(tickets + row, 1, sem="acq_rel", scope="gpu") == PROGRAMS - 1:
+    if program == PROGRAMS - 1:
+        found, there = _look(words, expert, EXPERTS)
+        polls = 0
+        while (there == 0) & (polls < MOST_POLLS):
+            found, there = _look(words, expert, EXPERTS)
+            polls += 1
+        trap_unless(there)
+        # All warps have seen all words, and nobody writes another.
         gl.thread_barrier()
-        logit = gl.load(logits + row * EXPERTS + expert, mask=expert < EXPERTS, other=0.0, cache_modifier=".cg")
+        gl.store(words + expert, gl.zeros_like(expert), mask=expert < EXPERTS)
+        logit = found.to(gl.float32, bitcast=True)
         _choose(logit, shift, expert, ids + row * K, weights + row * K, EXPERTS, K, SCALE, BK)
-        gl.store(tickets + row, 0)
 
 
 def run(
@@ -127,20 +155,20 @@ def run(
     layer: jax.Array,
     norm: jax.Array | None,
     delta: jax.Array | None,
-    tickets: jax.Array,
+    mailbox: jax.Array,
     warps: int = _WARPS,
 ) -> tuple[jax.Array, ...]:
-    """(total, normed, ids, weights, tickets), as ``router.add_norm_route`` describes them."""
+    """(total, normed, ids, weights, None, mailbox), as ``router.add_norm_route`` describes them."""
     # The largest power of two that divides the hidden size.
     chunk, shape = min(spec.hidden & -spec.hidden, _CHUNK), jax.ShapeDtypeStruct
     programs = -(-spec.experts // _EXPERTS)
-    counting = jax.new_ref(tickets)
+    words = jax.new_ref(mailbox)
     row, unused = shape((spec.rows, spec.hidden), x.dtype), shape((1,), x.dtype)
-    total, normed, _, ids, weights = jax_triton.triton_call(
-        x, x if delta is None else delta, x if norm is None else norm, gate, bias, layer.reshape(1), counting,
+    total, normed, ids, weights = jax_triton.triton_call(
+        x, x if delta is None else delta, x if norm is None else norm, gate, bias, layer.reshape(1), words,
         kernel=norm_route_kernel,
         out_type=(
-            row if spec.delta else unused, row if spec.norm else unused, shape((spec.rows, spec.experts), jnp.float32),
+            row if spec.delta else unused, row if spec.norm else unused,
             shape((spec.rows, spec.k), jnp.int32), shape((spec.rows, spec.k), jnp.float32),
         ),
         grid=(programs, spec.rows), name="router_norm", num_warps=warps, **triton_options(),
@@ -149,4 +177,4 @@ def run(
         BK=triton.next_power_of_2(spec.k),
     )  # fmt: skip
     total = total if spec.delta else x
-    return total, normed if spec.norm else total, ids, weights, jax.freeze(counting)
+    return total, normed if spec.norm else total, ids, weights, None, jax.freeze(words)

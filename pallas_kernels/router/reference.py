@@ -21,19 +21,20 @@ def run(
     after: Any = None,
     norm: jax.Array | None = None,
     delta: jax.Array | None = None,
-    tickets: jax.Array | None = None,
+    mailbox: jax.Array | None = None,
 ) -> tuple[Any, ...]:
-    """(ids, weights) as ``router.route`` describes them, with tickets (total, normed, ids, weights, tickets) of ``add_norm_route``.
+    """(ids, weights) as ``router.route`` describes them, with a mailbox (total, normed, ids, weights, None, mailbox) of
+    ``add_norm_route``.
 
-    Nothing reads ``after`` or counts on ``tickets`` here.
+    Nothing reads ``after`` or ``mailbox`` here.
     """
-    if tickets is None:
+    if mailbox is None:
         return route(x, gate, bias, layer, spec.k, spec.scale)
     if norm is None:
         total = normed = x if delta is None else add(x, delta)
     else:
         total, normed = add_norm(x, delta, norm[layer], spec.eps)
-    return total, normed, *route(normed, gate, bias, layer, spec.k, spec.scale), tickets
+    return total, normed, *route(normed, gate, bias, layer, spec.k, spec.scale), None, mailbox
 
 
 def route(

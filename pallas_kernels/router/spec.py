@@ -12,7 +12,9 @@ import jax.numpy as jnp
 
 @dataclass(frozen=True)
 class Spec:
-    """One call; dtypes are numpy names. norm: dtype of an RMSNorm's weight before it, "" for none; delta: a sum before that."""
+    """One call; dtypes are numpy names. norm: dtype of an RMSNorm's weight before it, "" for none; delta: a sum before that. unit:
+    rows of an item of the experts' lists, 0 for no lists.
+    """
 
     rows: int
     hidden: int
@@ -25,6 +27,12 @@ class Spec:
     norm: str = ""
     delta: bool = False
     eps: float = 0.0
+    unit: int = 0
+
+    @property
+    def unit_here(self) -> int:
+        """``unit`` where the launch makes the experts' lists."""
+        return self.unit if self.k <= 8 and slices_of(self) else 0
 
     def flops(self) -> int:
         return 2 * self.rows * self.hidden * self.experts
@@ -44,8 +52,13 @@ CASES: dict[str, Spec] = {
     "glm_norm": Spec(1, 6144, 256, 8, 1, "bfloat16", "bfloat16", 2.5, "bfloat16", True, 1e-5),
     "small_norm": Spec(1, 512, 23, 6, 1, "bfloat16", "bfloat16", 2.5, "bfloat16", False, 1e-5),
 }
-# Most rows whose norm shares the router's launch: each reads gate again, from the L2 (8 rows: 16.3 us; in three launches about 12).
+# Most rows of the launch that repeats the norm in every program and reads gate for each row.
 NORM_ROWS = 4
+# The launch for several rows: fewest and most rows (a warp chooses for a row), experts of a program, its warps, each of which takes
+# 32 of k at a time, most slices of k.
+FEWEST_ROWS, MOST_ROWS, TILE, WARPS, MOST_SLICES = 3, 8, 8, 8, 4
+# Updated in place: the mailbox.
+STATE = (7,)
 # For compute-sanitizer.
 SMALL: dict[str, dict[str, Any]] = {"small": {}, "small_norm": {}}
 RIVALS: dict[str, dict[str, dict[int, float]]] = {"glm_norm": {"target": {1: 4.0}}}
@@ -59,7 +72,7 @@ def tolerance(spec: Spec, backend: str) -> float:
 
 @functools.partial(jax.jit, static_argnums=0)
 def inputs(spec: Spec, key: jax.Array) -> tuple[Any, ...]:
-    """(x, gate, bias, layer, None), with a norm also (norm, delta, tickets).
+    """(x, gate, bias, layer, None, norm, delta, mailbox), the last three None without a norm.
 
     Logits have a standard deviation near 1, the bias is as wide as the scores.
 
@@ -73,27 +86,52 @@ def inputs(spec: Spec, key: jax.Array) -> tuple[Any, ...]:
     bias = 0.2 * jax.random.normal(kb, (spec.layers, spec.experts), jnp.float32)
     plain = (x.astype(spec.dtype), gate, bias, jnp.zeros((), jnp.int32), None)
     if not spec.norm:
-        return plain
+        return *plain, None, None, None
     norm = 1 + 0.1 * jax.random.normal(kn, (spec.layers, spec.hidden), jnp.float32)
     delta = jax.random.normal(kd, x.shape, jnp.float32).astype(spec.dtype) if spec.delta else None
-    return *plain, norm.astype(spec.norm), delta, jnp.zeros((spec.rows,), jnp.int32)
+    return (
+        *plain,
+        norm.astype(spec.norm),
+        delta,
+        jnp.zeros(mailbox_words(spec.rows, spec.hidden, spec.experts), jnp.int32),
+    )
 
 
 def advance(spec: Spec, args: tuple[Any, ...], out: tuple[jax.Array, ...], i: int) -> tuple[Any, ...]:
     """The next layer of the stack; the weights before become an operand that is not read, so that calls stay in order. With a norm
-    the tickets do that."""
-    x, gate, bias, _, _, *more = args
+    the mailbox does that."""
+    x, gate, bias, _, _, norm, delta, _ = args
     layer = jnp.asarray(i % spec.layers, jnp.int32)
-    return (x, gate, bias, layer, None, *more[:-1], out[-1]) if spec.norm else (x, gate, bias, layer, out[1])
+    return (x, gate, bias, layer, None if spec.norm else out[1], norm, delta, out[-1] if spec.norm else None)
 
 
 def comparable(spec: Spec, out: tuple[jax.Array, ...]) -> Any:
     """Weights by expert, float32 [rows, experts]: two experts whose scores are equal but for rounding may change places.
 
-    With a norm also the sum, its norm and the tickets.
+    With a norm also the sum, its norm and the mailbox.
     """
     ids, weights = out[2:4] if spec.norm else out
     by_expert = jnp.zeros((spec.rows, spec.experts), jnp.float32).at[jnp.arange(spec.rows)[:, None], ids].add(weights)
     if not spec.norm:
         return by_expert
-    return by_expert, *(side.astype(jnp.float32) for side in (*out[:2], out[4]))
+    return by_expert, *(side.astype(jnp.float32) for side in (*out[:2], out[-1]))
+
+
+def slices_of(spec: Spec) -> int:
+    """Slices of the hidden size in the launch for several rows; 0 where it does not serve."""
+    if not FEWEST_ROWS <= spec.rows <= MOST_ROWS or (spec.dtype, spec.gate_dtype) != ("bfloat16", "bfloat16"):
+        return 0
+    return _slices(spec.hidden)
+
+
+def _slices(hidden: int) -> int:
+    blocks = hidden // (32 * WARPS)
+    return min(blocks & -blocks, MOST_SLICES) if hidden % (32 * WARPS) == 0 else 0
+
+
+def mailbox_words(rows: int, hidden: int, experts: int) -> int:
+    """Words in which the programs of a launch meet: a logit of each slice, and the sums of squares."""
+    words = rows * experts if rows <= NORM_ROWS else 1
+    if FEWEST_ROWS <= rows <= MOST_ROWS:
+        words = max(words, _slices(hidden) * (rows * experts + -(-experts // TILE) * MOST_ROWS))
+    return words

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels import paged, registry
 from pallas_kernels.arch import Arch
 from pallas_kernels.registry import Backend, Module, Refusal, always, needs_sm80, needs_sm90
+from pallas_kernels.sparse_mla.plan import one_tile_each
 from pallas_kernels.sparse_mla.spec import Spec
 
 _MOST_ROWS = 65535
@@ -39,6 +40,8 @@ def attend(
       The GPU backends also round the softmax weights to bfloat16 for the second product. Of an e4m3 NaN byte in a selected
       slot (no writer of ``paged`` makes one) the Triton backend makes 480 times the scale, Gluon a NaN context. Gluon's
       scores of FP8 latents are sums of e4m3 products, which the tensor cores add up with about 14 bits, a group of 128 at a time.
+      Gluon's kernel for up to 8 heads and 16 rows is as Triton's here; it rounds weight times scale instead of latent times scale,
+      and takes queries below 2^27.
     Refuses: the GPU backends take bfloat16 queries, kv_lora_rank 512, rope 64; everything else is the reference's.
     In place: nothing. Graph-safe: yes; a fixed number of splits gives the same bits in every call. What is not selected is
       not read, NaN included.
@@ -94,7 +97,7 @@ def _gluon_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
         return refusal
     if spec.cache_dtype != "uint8":
         return Refusal(f"the cache is {spec.cache_dtype}, the kernel reads FP8 latents (uint8)")
-    few = 8 if spec.heads <= 16 else 2
+    few = 0 if one_tile_each(spec) else 8 if spec.heads <= 16 else 2
     if spec.rows <= few:
         return Refusal(f"{spec.rows} rows of {spec.heads} heads: the Triton backend is faster up to {few}")
     return _sizes(spec)

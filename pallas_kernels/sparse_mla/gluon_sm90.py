@@ -15,9 +15,10 @@ from triton.experimental.gluon.language.nvidia import hopper
 
 from pallas_kernels import jax_gluon
 from pallas_kernels.lowering import default_arch, triton_options
+from pallas_kernels.sparse_mla import gluon_few
 from pallas_kernels.sparse_mla.gluon_load import BYTES, FLAT, FLAT_ROW, HALVES, WORDS, produce
 from pallas_kernels.sparse_mla.gluon_math import multiply, score
-from pallas_kernels.sparse_mla.plan import hopper_plan
+from pallas_kernels.sparse_mla.plan import hopper_plan, one_tile_each
 from pallas_kernels.sparse_mla.spec import Spec
 from pallas_kernels.sparse_mla.triton import LATENT_FACTOR, LOG2E, merge, outputs
 
@@ -99,6 +100,8 @@ def split_kernel(
 
 
 def run(spec: Spec, q: jax.Array, cache: jax.Array, layer: jax.Array, slots: jax.Array) -> tuple[jax.Array, jax.Array]:
+    if one_tile_each(spec):
+        return gluon_few.run(spec, q, cache, layer, slots)
     plan = hopper_plan(spec, default_arch())
     part, part_lse = jax_triton.triton_call(
         q, cache, layer.reshape(1), slots, kernel=split_kernel, out_type=outputs(spec, plan.splits),

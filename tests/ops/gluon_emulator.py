@@ -1,4 +1,4 @@
-"""Runs Gluon kernels of one-dimensional blocks in numpy, a thread a program: for their arithmetic, not for layouts or timing.
+"""Runs Gluon kernels in numpy, a thread a program: for their arithmetic, not for layouts or timing.
 
 Whole blocks are computed at once, so barriers inside a program are no-ops; programs run concurrently and meet through
 atomics. Memory is checked: an unmasked access out of an array fails, and outputs start as garbage.
@@ -34,6 +34,13 @@ class Value:
     def to(self, dtype: Any, bitcast: bool = False) -> Value:
         return Value(self.array.view(dtype) if bitcast else self.array.astype(dtype))
 
+    @property
+    def dtype(self) -> Any:
+        return self.array.dtype
+
+    def __neg__(self) -> Value:
+        return Value(-self.array)
+
     def reshape(self, shape: list[int]) -> Value:
         return Value(self.array.reshape(shape))
 
@@ -68,6 +75,7 @@ for _name in [
     "add",
     "sub",
     "mul",
+    "truediv",
     "floordiv",
     "mod",
     "and",
@@ -83,7 +91,7 @@ for _name in [
     "ne",
 ]:
     setattr(Value, f"__{_name}__", _operator(f"__{_name}__"))
-for _name in ["add", "sub", "mul", "and", "or"]:
+for _name in ["add", "sub", "mul", "truediv", "and", "or"]:
     setattr(Value, f"__r{_name}__", _operator(f"__r{_name}__"))
 
 
@@ -108,7 +116,9 @@ class _Int(int):
     value = property(int)
 
 
-def _load(pointer: Pointer, mask: Any = True, other: Any = 0, cache_modifier: str = "") -> Value:
+def _load(pointer: Pointer, mask: Any = True, other: Any = 0, volatile: bool = False, **_hints: str) -> Value:
+    if volatile:
+        time.sleep(1e-4)
     live, offset = pointer.at(mask)
     out = np.full(live.shape, other, pointer.buffer.dtype)
     out[live] = pointer.buffer[offset]
@@ -130,13 +140,18 @@ def _atomic_add(pointer: Pointer, value: int, sem: str, scope: str) -> Value:
     return Value(old)
 
 
+def _atomic_xchg(pointer: Pointer, value: Any, sem: str, scope: str, mask: Any = True) -> None:
+    time.sleep(1e-4 * np.random.default_rng().integers(3))
+    _store(pointer, value, mask)
+
+
 def _asm(text: str, constraints: str, args: list[Any], dtype: Any, is_pure: bool, pack: int) -> Value:
     """What the PTX of ``top_k.gluon_bins`` and ``top_k.gluon_slices`` does."""
     if ".shared .align" in text:
         _local.shared = np.full(2052, 0xDEADBEEF, np.uint32)
         return Value(np.uint32(_BASE))
     if "trap" in text:
-        assert raw(args[0]) >= raw(args[1]), "a program waited in vain"
+        assert raw(args[0]) >= (raw(args[1]) if len(args) > 1 else 1), "a program waited in vain"
         return Value(np.int32(0))
     index = (raw(args[0]).astype(np.int64) - _BASE) // 4
     if text.startswith("ld.shared"):
@@ -161,6 +176,22 @@ def _both(function: Callable[..., Any]) -> Callable[..., Value]:
     return lambda *xs: Value(function(*(raw(x) for x in xs)))
 
 
+def _one(function: Callable[..., Any]) -> Callable[[Value], Value]:
+    def apply(x: Value) -> Value:
+        with np.errstate(over="ignore", divide="ignore"):
+            return Value(function(x.array).astype(x.array.dtype))
+
+    return apply
+
+
+def _add_up(xs: tuple[Value, ...], axis: int, _function: Any) -> tuple[Value, ...]:
+    return tuple(Value(x.array.sum(axis, dtype=x.array.dtype)) for x in xs)
+
+
+def _mma(a: Value, b: Value, total: Value) -> Value:
+    return Value(total.array + np.matmul(a.array.astype(np.float32), b.array.astype(np.float32)))
+
+
 def _where(condition: Value, a: Any, b: Any) -> Value:
     dtype = next((raw(x).dtype for x in (a, b) if isinstance(x, Value)), np.int32)
     return Value(np.where(raw(condition), np.asarray(raw(a), dtype), np.asarray(raw(b), dtype)))
@@ -176,9 +207,12 @@ def _language() -> types.ModuleType:
         where=_where, minimum=_both(np.minimum), maximum=_both(np.maximum), sum=_reduce(np.sum), max=_reduce(np.max),
         cdiv=lambda a, b: (a + (b - 1)) // b, load=_load, store=_store, atomic_add=_atomic_add, inline_asm_elementwise=_asm,
         associative_scan=lambda x, axis, add: Value(np.cumsum(x.array, dtype=x.array.dtype)),
-        convert_layout=lambda x, layout, assert_trivial: x, thread_barrier=lambda: None, BlockedLayout=layout,
-        SliceLayout=layout, num_warps=lambda: _local.warps, program_id=lambda axis: Value(np.int32(_local.program[axis])),
-        num_programs=lambda axis: _local.grid[axis],
+        convert_layout=lambda x, layout, assert_trivial=False: x, thread_barrier=lambda: None, BlockedLayout=layout,
+        SliceLayout=layout, NVMMADistributedLayout=layout, DotOperandLayout=layout, bfloat16=jnp.bfloat16, float32=np.float32,
+        zeros=lambda shape, dtype, layout=None: Value(np.zeros(shape, dtype)), zeros_like=lambda x: Value(np.zeros_like(x.array)),
+        exp=_one(np.exp), rsqrt=_one(lambda x: 1 / np.sqrt(x)), min=_reduce(np.min), reshape=lambda x, shape: x.reshape(shape),
+        static_range=range, atomic_xchg=_atomic_xchg, reduce=_add_up, num_warps=lambda: _local.warps,
+        program_id=lambda axis: Value(np.int32(_local.program[axis])), num_programs=lambda axis: _local.grid[axis],
     )  # fmt: skip
 
     def static_assert(condition: bool) -> None:
@@ -199,7 +233,8 @@ def _triton_call(
 ) -> tuple[jax.Array, ...]:
     """Runs every program in a thread; outputs start as garbage, references are written back."""
     arrays = [np.array(a[...]).ravel() for a in args]
-    outputs = [np.frombuffer(b"\xa5" * (4 * int(np.prod(o.shape))), np.dtype(o.dtype)).copy() for o in out_type]
+    sizes_of = [np.dtype(o.dtype).itemsize * int(np.prod(o.shape)) for o in out_type]
+    outputs = [np.frombuffer(b"\xa5" * n, np.dtype(o.dtype)).copy() for n, o in zip(sizes_of, out_type, strict=True)]
     failures: list[BaseException] = []
 
     def program(index: tuple[int, ...]) -> None:
@@ -237,7 +272,9 @@ def load(package: str, modules: tuple[str, ...]) -> dict[str, types.ModuleType]:
     fakes = {
         "triton": triton, "triton.experimental": types.ModuleType("triton.experimental"), gluon.__name__: gluon,
         gl.__name__: gl, "jax_triton": call, fix.__name__: fix,
+        **{f"{gl.__name__}.nvidia{last}": types.ModuleType("nvidia") for last in ("", ".ampere")},
     }  # fmt: skip
+    fakes[f"{gl.__name__}.nvidia.ampere"].__dict__["mma_v2"] = _mma
     kept = {name: sys.modules.pop(name, None) for name in (*fakes, *names)}
     parent, fix_parent = sys.modules[package], importlib.import_module("pallas_kernels")
     attributes = [
@@ -248,7 +285,11 @@ def load(package: str, modules: tuple[str, ...]) -> dict[str, types.ModuleType]:
     try:
         sys.modules.update(fakes)
         fix_parent.__dict__["jax_gluon"] = fix
-        return {module: importlib.import_module(f"{package}.{module}") for module in modules}
+        loaded = {module: importlib.import_module(f"{package}.{module}") for module in modules}
+        for module in loaded.values():
+            if hasattr(module, "triton_options"):
+                module.__dict__["triton_options"] = dict  # there is nothing to compile, nor a jax_triton that does it
+        return loaded
     finally:
         for name, module in kept.items():
             sys.modules.pop(name, None)

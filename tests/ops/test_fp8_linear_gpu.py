@@ -88,6 +88,26 @@ def test_every_share_of_k(rows: int, k: int) -> None:
         agrees(spec, x, weights, 1)
 
 
+FEW_TILES = {"q_a_kv_a": {}, "q_b_tp8": {}, "index_q": {}, "shared_gate_up": {"ns": (1536,)}}
+
+
+@pytest.mark.parametrize("arithmetic", ["w8a8", "w8a16"])
+@pytest.mark.parametrize("name", FEW_TILES)
+def test_clusters_that_share_k(name: str, arithmetic: str) -> None:
+    """Few tiles: right, the same bits in each replay, and those of a row whatever the other rows are."""
+    spec = dataclasses.replace(CASES[f"{name}_{arithmetic}"], layers=2, **FEW_TILES[name])
+    x, weights, _, _ = inputs(dataclasses.replace(spec, rows=8), jax.random.key(3))
+    found = {}
+    for rows in (1, 2, 8):
+        sized = dataclasses.replace(spec, rows=rows)
+        agrees(sized, x[:rows], weights, 1)
+        step = jax.jit(lambda x, w, i, sized=sized: kernel(sized, x, w, i))
+        found[rows] = [np.asarray(step(x[:rows], weights, 1)[-1]).view(np.uint16) for _ in range(20)]
+        for again in found[rows][1:]:
+            np.testing.assert_array_equal(again, found[rows][0])
+    np.testing.assert_array_equal(found[8][0][:2], found[2][0])
+
+
 @pytest.mark.parametrize("arithmetic", ["w8a8", "w8a16"])
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 5, 9])

@@ -15,6 +15,7 @@ from pallas_kernels.arch import by_name
 from pallas_kernels.compare import compare
 from pallas_kernels.fp8_linear import mosaic_sm90, plan, prefill_split, reference
 from pallas_kernels.fp8_linear.spec import CASES, Spec, inputs
+from tests.ops import cluster_stores
 
 H200 = by_name("H200-141")
 # Small, and together: one row by eight k-blocks a wgmma and by one, two weights, SwiGLU, uneven shares, 576 rows, padding.
@@ -35,12 +36,25 @@ SMALL = {
     "norm, three rows": Spec(3, 1024, (128,), "w8a8", layers=2, norm="float32", delta=True, eps=1e-5),
     "norm, eight rows": Spec(8, 1024, (64, 64), "w8a16", norm="bfloat16", eps=1e-5),
 }
+# k shared out to a cluster, (warpgroups, unit, step, stages, x_slots, split): even and uneven shares, two weights, a norm, SwiGLU.
+SPLIT = {
+    "eight rows": (Spec(8, 1024, (64, 128), "w8a16", layers=2), (2, 2, 2, 1, 1, 2)),
+    "three rows, uneven": (Spec(3, 640, (64,), "w8a8", layers=2), (1, 1, 1, 2, 2, 3)),
+    "one row, uneven": (Spec(1, 3072, (192,), "w8a8", layers=2), (1, 8, 4, 2, 2, 2)),
+    "norm, one row": (
+        Spec(1, 3072, (64, 192), "w8a16", layers=2, norm="bfloat16", delta=True, eps=1e-5),
+        (1, 8, 4, 2, 2, 3),
+    ),
+    "swiglu, one row": (Spec(1, 2048, (64,), "w8a8", form="swiglu", layers=2), (1, 8, 4, 2, 1, 2)),
+    "swiglu": (Spec(2, 1024, (64,), "w8a16", form="swiglu", layers=2), (1, 2, 2, 2, 2, 4)),
+}
 # Lowering takes 0.5 s a kernel: several rows only for these.
 WIDE = ("o_proj_w8a8", "q_a_kv_a_w8a16", "dense_gate_up_w8a16")
 
 
 def run_interpreted(spec: Spec, args: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> tuple[jax.Array, ...]:
     """The kernel in the interpreter, with its races recorded: any race fails."""
+    cluster_stores.install(monkeypatch)
     build, split = mosaic_sm90.build, prefill_split.build
     params = plgpu.InterpretGPUParams(detect_races=True)
     monkeypatch.setattr(mosaic_sm90, "build", lambda plan, dtype: build(plan, dtype, params))
@@ -50,10 +64,23 @@ def run_interpreted(spec: Spec, args: tuple[Any, ...], monkeypatch: pytest.Monke
     return out
 
 
-@pytest.mark.parametrize("name", SMALL)
+def planned(spec: Spec, sizes: tuple[int, ...]) -> plan.Plan:
+    names = ("warpgroups", "unit", "step", "stages", "x_slots", "split")
+    chosen = plan.plan_for(spec)
+    assert chosen is not None
+    return dataclasses.replace(chosen, **dict(zip(names, sizes, strict=True)))
+
+
+@pytest.mark.parametrize("name", [*SMALL, *(f"split, {name}" for name in SPLIT)])
 def test_interpreted_kernel_agrees_with_the_reference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Measured below 1e-6: the interpreter accumulates in float32."""
-    spec = dataclasses.replace(SMALL[name], out_dtype="float32")
+    if name in SMALL:
+        spec = dataclasses.replace(SMALL[name], out_dtype="float32")
+    else:
+        spec, sizes = SPLIT[name.removeprefix("split, ")]
+        spec = dataclasses.replace(spec, out_dtype="float32")
+        split = planned(spec, sizes)
+        monkeypatch.setattr(mosaic_sm90, "plan_for", lambda _: split)
     x, weights, _, _, *norm = inputs(spec, jax.random.key(len(name)))
     args = (weights, (jnp.asarray(spec.layers - 1, jnp.int32),))
     got = run_interpreted(spec, (x, *args, None, *norm), monkeypatch)
@@ -119,6 +146,16 @@ def test_norm_linears_launches(rows: int, launches: int) -> None:
     assert text.count("custom_call @mosaic_gpu") == launches, text.count("custom_call @mosaic_gpu")
 
 
+@pytest.mark.parametrize("name", SPLIT)
+def test_split_plans_lower(name: str) -> None:
+    """The stores to the leading block; their barrier must be the only one of its array (see ``Tile.send``)."""
+    spec, sizes = SPLIT[name]
+    split = planned(spec, sizes)
+    shapes = jax.eval_shape(lambda key: inputs(spec, key), jax.random.key(0))
+    text = lowering.lower_for_cuda(lambda *args: mosaic_sm90.launch(spec, split, *args), *shapes, arch=H200)
+    assert "st.async.cluster" in text and "barrier.cluster.wait" in text
+
+
 def test_stack_beyond_32_bit_offsets_lowers() -> None:
     """256 experts' gate and up: 6.4e9 elements."""
     spec = dataclasses.replace(CASES["shared_gate_up_w8a8"], layers=256)
@@ -139,6 +176,7 @@ def test_plans_fit(name: str, rows: int) -> None:
     assert chosen is not None and chosen.rows == rows and chosen.ready == (rows > plan.IN_KERNEL_ROWS)
     assert chosen.smem <= 226 * 1024 and chosen.blocks % chosen.unit == 0 and chosen.unit % chosen.step == 0
     assert chosen.warpgroups * chosen.stages <= 32 and chosen.columns >= min(rows, 8)
+    assert 1 <= chosen.split <= 8 and chosen.units >= chosen.shares
 
 
 def test_dispatch_never_changes_the_arithmetic() -> None:

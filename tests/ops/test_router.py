@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.router import add_norm_route, route
+from pallas_kernels.router import add_norm_route, mailbox_words, route
 from tests.ops.numpy_ops import assert_close, normal, to_jnp, wide
 
 LAYERS, ROWS, HIDDEN, EXPERTS, K, SCALE = 2, 16, 48, 24, 6, 2.5
@@ -13,6 +13,7 @@ run = jax.jit(route, static_argnames=("k", "scale"))
 X, GATE = normal(0, ROWS, HIDDEN), normal(1, LAYERS, EXPERTS, HIDDEN, scale=0.3)
 BIAS = normal(2, LAYERS, EXPERTS, scale=0.5)
 LAYER = jnp.asarray(1, jnp.int32)
+MAILBOX = jnp.zeros(mailbox_words(ROWS, HIDDEN, EXPERTS), jnp.int32)
 
 
 def expected(x: np.ndarray, gate: np.ndarray, bias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -89,9 +90,8 @@ def test_sum_and_norm_before_the_router() -> None:
     """Against float64 numpy: the sum is rounded, its norm is rounded, and the router sees that."""
     x, delta = to_jnp(X, jnp.bfloat16), to_jnp(normal(3, ROWS, HIDDEN), jnp.bfloat16)
     norm, gate = to_jnp(1 + normal(4, LAYERS, HIDDEN, scale=0.1), jnp.bfloat16), to_jnp(GATE, jnp.bfloat16)
-    tickets = jnp.zeros(ROWS, jnp.int32)
-    given = (norm, gate, jnp.asarray(BIAS), LAYER, tickets)
-    total, normed, ids, weights, left = jax.jit(add_norm_route, static_argnames=("eps", "k", "scale"))(
+    given = (norm, gate, jnp.asarray(BIAS), LAYER, MAILBOX)
+    total, normed, ids, weights, lists, left = jax.jit(add_norm_route, static_argnames=("eps", "k", "scale"))(
         x, delta, *given, eps=1e-5, k=K, scale=SCALE
     )
     want = to_jnp(wide(x) + wide(delta), jnp.bfloat16)
@@ -101,12 +101,12 @@ def test_sum_and_norm_before_the_router() -> None:
     want_ids, want_weights = expected(wide(normed), wide(gate)[1], BIAS[1])
     np.testing.assert_array_equal(np.asarray(ids), want_ids)
     assert_close(weights, want_weights)
-    assert not np.asarray(left).any()
+    assert lists is None and not np.asarray(left).any()
 
 
 def test_without_a_sum_or_a_norm_it_is_the_router() -> None:
-    x, gate, bias, tickets = jnp.asarray(X), jnp.asarray(GATE), jnp.asarray(BIAS), jnp.zeros(ROWS, jnp.int32)
-    total, normed, *routed, _ = add_norm_route(x, None, None, gate, bias, 1, tickets, eps=0.0, k=K, scale=SCALE)
+    x, gate, bias = jnp.asarray(X), jnp.asarray(GATE), jnp.asarray(BIAS)
+    total, normed, *routed, _, _ = add_norm_route(x, None, None, gate, bias, 1, MAILBOX, eps=0.0, k=K, scale=SCALE)
     np.testing.assert_array_equal(np.asarray(total), X)
     np.testing.assert_array_equal(np.asarray(normed), X)
     for got, want in zip(routed, run(x, gate, bias, LAYER, k=K, scale=SCALE), strict=True):
@@ -117,13 +117,13 @@ def test_without_a_sum_or_a_norm_it_is_the_router() -> None:
     ("change", "words"),
     [
         ({"norm": jnp.ones((LAYERS, 3))}, r"norm \(2, 3\)"),
-        ({"tickets": jnp.zeros(ROWS + 1, jnp.int32)}, r"int32\(17,\)"),
-        ({"tickets": jnp.zeros(ROWS)}, "float32"),
+        ({"mailbox": jnp.zeros(MAILBOX.size + 1, jnp.int32)}, rf"int32\({MAILBOX.size + 1},\) must be int32"),
+        ({"mailbox": jnp.zeros(MAILBOX.size)}, "float32"),
         ({"delta": jnp.zeros((ROWS, HIDDEN), jnp.bfloat16)}, "delta .* bfloat16 must match"),
     ],
 )
-def test_shapes_of_sum_norm_and_tickets(change: dict[str, jax.Array], words: str) -> None:
+def test_shapes_of_sum_norm_and_mailbox(change: dict[str, jax.Array], words: str) -> None:
     given = {"x": jnp.asarray(X), "delta": None, "norm": jnp.ones((LAYERS, HIDDEN)), "gate": jnp.asarray(GATE)}
-    given |= {"bias": jnp.asarray(BIAS), "layer": 1, "tickets": jnp.zeros(ROWS, jnp.int32), **change}
+    given |= {"bias": jnp.asarray(BIAS), "layer": 1, "mailbox": MAILBOX, **change}
     with pytest.raises(ValueError, match=words):
         add_norm_route(**given, eps=1e-5, k=K, scale=SCALE)

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import arch, lowering, registry, router
-from pallas_kernels.router.spec import CASES, Spec, inputs
+from pallas_kernels import arch, experts, lowering, registry, router
+from pallas_kernels.experts import spec as experts_spec
+from pallas_kernels.router.spec import CASES, Spec, inputs, mailbox_words, slices_of
 
 H200 = arch.by_name("H200-141")
 GPUS = ["A100-80", "H200-141", "B200-180", "RTX PRO 6000"]
@@ -28,14 +29,27 @@ def test_triton_compiles(gpu: str, rows: int) -> None:
 
 
 @pytest.mark.needs_triton
-@pytest.mark.parametrize(("rows", "launches"), [(1, 1), (4, 1), (5, 3)])
+@pytest.mark.parametrize(("rows", "launches"), [(1, 1), (2, 1), (3, 1), (8, 1), (9, 3)])
 @pytest.mark.parametrize("gpu", GPUS)
 def test_launches_with_a_norm(gpu: str, rows: int, launches: int) -> None:
-    spec = dataclasses.replace(CASES["glm_norm"], rows=rows, layers=2)
+    spec = dataclasses.replace(CASES["glm_norm"], rows=rows, layers=2, unit=8)
     args = jax.eval_shape(lambda: inputs(spec, jax.random.key(0)))
     backend = next(b for b in router.BACKENDS if b.name == "triton")
     text = lowering.lower_for_cuda(lambda *a: backend.load()(spec, *a), *args, arch=arch.by_name(gpu))
     assert text.count("triton_kernel_call") == launches
+
+
+def test_who_shares_a_launch() -> None:
+    """Slices of the hidden size, and rows whose experts are listed in the launch."""
+    spec = dataclasses.replace(CASES["glm_norm"], rows=8, unit=8)
+    assert (slices_of(spec), spec.unit_here) == (4, 8)
+    assert slices_of(dataclasses.replace(spec, hidden=512)) == 2
+    for change in ({"rows": 2}, {"rows": 9}, {"hidden": 6272}, {"gate_dtype": "float32"}):
+        other = dataclasses.replace(spec, **change)  # type: ignore[arg-type]
+        assert (slices_of(other), other.unit_here) == (0, 0), change
+    assert dataclasses.replace(spec, k=9).unit_here == 0
+    # 37 KB at eight rows: logits of four slices, and sums of squares for each of the 32 tiles.
+    assert [mailbox_words(rows, 6144, 256) for rows in (1, 8, 9)] == [256, 4 * 8 * 256 + 32 * 4 * 8, 1]
 
 
 def changed(**changes: object) -> Spec:
@@ -79,3 +93,21 @@ def test_k_must_be_possible(k: int) -> None:
 def test_shapes_must_match() -> None:
     with pytest.raises(ValueError, match=r"\(2, 15\)"):
         router.route(jnp.zeros((2, 15)), jnp.zeros((1, 8, 16)), jnp.zeros((1, 8)), 0, k=2, scale=1.0)
+
+
+@pytest.mark.needs_triton
+def test_lists_save_the_experts_a_launch() -> None:
+    spec = dataclasses.replace(experts_spec.CASES["small"], rows=4)
+    x, ids, weights, *stacks, layer, _ = jax.eval_shape(lambda: experts_spec.inputs(spec, jax.random.key(0)))
+    lists = tuple(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2, spec.experts), (spec.pairs,)))
+    for given, launches in ((None, 1), (lists, 0)):
+        text = lowering.lower_for_cuda(
+            lambda *a: experts.mix(*a[:-1], lists=a[-1], backend="mosaic_sm90"),
+            *(x, ids, weights, *stacks, layer, given),
+            arch=H200,
+        )
+        assert text.count("triton_kernel_call") == launches
+    with lowering.target(H200):
+        assert experts.list_unit() == 8
+    with lowering.target(arch.by_name("A100-80")):
+        assert experts.list_unit() == 0

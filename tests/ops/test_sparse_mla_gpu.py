@@ -82,7 +82,7 @@ def hostile_slots(spec: Spec) -> np.ndarray:
     ("heads", "dtype"),
     [(1, "uint8"), (8, "uint8"), (24, "uint8"), (64, "uint8"), (80, "uint8"), (16, "bfloat16"), (64, "float32")],
 )
-@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("splits", [0, 1, 3])
 def test_hostile_slots_on_a_cache_of_nan(splits: int, heads: int, dtype: str, backend: str) -> None:
     """Everything that is not selected holds NaN, also the other layer and slot 0; k = 200 is no multiple of a tile."""
     spec = dataclasses.replace(SMALL, rows=9, heads=heads, cache_dtype=dtype, splits=splits)
@@ -100,8 +100,9 @@ def test_hostile_slots_on_a_cache_of_nan(splits: int, heads: int, dtype: str, ba
 
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
 @pytest.mark.parametrize("k", [1, 63, 64, 65, 128, 2048])
-def test_lengths(k: int, backend: str) -> None:
-    spec = dataclasses.replace(SMALL, k=k, pages=64)
+@pytest.mark.parametrize("heads", [5, 64])
+def test_lengths(heads: int, k: int, backend: str) -> None:
+    spec = dataclasses.replace(SMALL, heads=heads, k=k, pages=64)
     args = inputs(spec, jax.random.key(k))
     assert_equal_to_reference(spec, args, backend)
 
@@ -144,6 +145,19 @@ def test_scores_that_rise_from_tile_to_tile(heads: int, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
+def test_a_row_of_eight_heads_keeps_its_bits_whatever_the_others_are(backend: str) -> None:
+    spec = dataclasses.replace(SMALL, rows=8, heads=8, k=2048, pages=512)
+    q, cache, layer, slots = inputs(spec, jax.random.key(6))
+    first = run(spec, (q, cache, layer, slots), backend)
+    other = slots.at[:5].set(-1).at[6:].set(slots[:2])
+    again = run(spec, (q.at[:5].set(jnp.nan).at[6:].set(7e4), cache, layer, other), backend)
+    for a, b in zip(first, again, strict=True):
+        np.testing.assert_array_equal(np.asarray(a[5]), np.asarray(b[5]))
+    # What is not selected meets no query, not even one of NaN.
+    assert not np.asarray(again[0][:5]).any() and np.isneginf(np.asarray(again[1][:5])).all()
+
+
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
 def test_shards_merge_by_lse(backend: str) -> None:
     spec = dataclasses.replace(SMALL, k=512, pages=64)
     q, cache, layer, slots = inputs(spec, jax.random.key(2))
@@ -157,9 +171,10 @@ def test_shards_merge_by_lse(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
-def test_scale_extremes(backend: str) -> None:
+@pytest.mark.parametrize("heads", [8, 64])
+def test_scale_extremes(heads: int, backend: str) -> None:
     """FP8 scales of 1e-12 (the floor) to 1e5, subnormal and largest e4m3 values, huge scores."""
-    spec = dataclasses.replace(SMALL, k=64)
+    spec = dataclasses.replace(SMALL, heads=heads, k=64)
     q, cache, layer, slots = inputs(spec, jax.random.key(3))
     raw = np.asarray(cache).reshape(spec.layers, spec.capacity, 656).copy()
     codes = np.arange(256, dtype=np.uint8)

@@ -10,7 +10,7 @@ import pytest
 
 from pallas_kernels import arch, lowering, registry
 from pallas_kernels.sparse_mla import BACKENDS, attend
-from pallas_kernels.sparse_mla.plan import cut, hopper_plan, make_plan
+from pallas_kernels.sparse_mla.plan import cut, few_plan, hopper_plan, make_plan, one_tile_each
 from pallas_kernels.sparse_mla.spec import CASES, Spec, inputs
 
 H200 = arch.by_name("H200-141")
@@ -47,7 +47,10 @@ def test_triton_compiles(name: str, gpu: str, rows: int) -> None:
 @pytest.mark.needs_triton
 @pytest.mark.parametrize(
     ("name", "rows", "kernels"),
-    [("h64_k2048_fp8", 8, 2), ("h64_k2048_fp8", 128, 1), ("h32_k2048_fp8", 128, 1), ("h8_k512_fp8", 16, 2)],
+    [
+        *(("h64_k2048_fp8", 8, 2), ("h64_k2048_fp8", 128, 1), ("h32_k2048_fp8", 128, 1)),
+        *(("h8_k512_fp8", 24, 2), ("h8_k512_fp8", 16, 2), ("h8_k2048_fp8", 1, 2), ("h8_k2048_fp8", 8, 2)),
+    ],
 )
 def test_gluon_compiles(name: str, rows: int, kernels: int) -> None:
     text = lower(dataclasses.replace(CASES[name], rows=rows), H200, "gluon")
@@ -76,8 +79,10 @@ def test_the_gpu_decides() -> None:
     assert got == {"A100-80": "triton", "H200-141": "gluon", "B200-180": "triton", "RTX PRO 6000": "triton"}
     assert registry.resolve("sparse_mla", BACKENDS, spec, None).backend == "reference"
     few = dataclasses.replace(spec, heads=8)
-    assert registry.resolve("sparse_mla", BACKENDS, few, H200).backend == "triton"
-    assert registry.resolve("sparse_mla", BACKENDS, dataclasses.replace(few, rows=16), H200).backend == "gluon"
+    # A number of splits that is asked for leaves the kernel of one tile a program, which has one number only.
+    for change, name in (({}, "gluon"), ({"splits": 4}, "triton"), ({"heads": 16}, "triton"), ({"k": 8192}, "triton")):
+        choice = registry.resolve("sparse_mla", BACKENDS, dataclasses.replace(few, **change), H200)
+        assert choice.backend == name, change
     assert registry.resolve("sparse_mla", BACKENDS, dataclasses.replace(spec, rows=2), H200).backend == "triton"
 
 
@@ -108,6 +113,15 @@ def test_hopper_plans_cover_every_head_and_key_in_one_wave(rows: int, heads: int
     blocks = -(-heads // plan.block_heads)
     assert plan.block_heads in (16, 32, 64) and plan.splits * plan.tiles * plan.block_keys >= spec.k
     assert plan.splits == 1 or rows * blocks * plan.splits <= H200.num_sms
+
+
+@pytest.mark.parametrize("k", [1, 65, 2000, 2048])
+@pytest.mark.parametrize("rows", [1, 2, 4, 8, 16])
+def test_plans_of_few_heads_have_one_tile_a_program(rows: int, k: int) -> None:
+    spec = dataclasses.replace(CASES["h8_k2048_fp8"], rows=rows, k=k)
+    plan = few_plan(spec, H200)
+    assert one_tile_each(spec) and plan.tiles == 1
+    assert plan.splits * plan.block_keys >= k > (plan.splits - 1) * plan.block_keys
 
 
 def test_rows_have_slots_of_their_own_where_the_cache_is_large_enough() -> None:

@@ -1,0 +1,87 @@
+"""The router's launches of one row and of several in numpy: programs meet in a mailbox, in any order."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels.router.reference as reference
+from pallas_kernels.router.spec import CASES, Spec, inputs, mailbox_words
+from tests.ops import gluon_emulator
+
+EXPERTS, UNIT = 40, 2
+
+
+def emulated() -> dict[str, Any]:
+    return gluon_emulator.load("pallas_kernels.router", ("gluon_norm", "gluon_rows"))
+
+
+def spec_of(rows: int, **changes: object) -> Spec:
+    base = Spec(rows, 512, EXPERTS, 6, 2, "bfloat16", "bfloat16", 2.5, "bfloat16", True, 1e-5, UNIT)
+    return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
+
+
+def lists(ids: np.ndarray, experts: int, unit: int) -> tuple[np.ndarray, np.ndarray]:
+    count = np.bincount(ids.ravel(), minlength=experts)
+    table = np.stack([np.cumsum(count), np.cumsum(-(-count // unit))])
+    return table, np.argsort(ids.ravel(), kind="stable")
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("change", ["", "no sum", "no norm", "few experts"])
+def test_equals_the_reference(rows: int, change: str) -> None:
+    given = {"": {}, "no sum": {"delta": False}, "no norm": {"norm": ""}, "few experts": {"experts": 23, "k": 3}}
+    spec = spec_of(rows, **given[change])
+    x, gate, bias, _, _, norm, delta, mailbox = inputs(dataclasses.replace(spec, norm="bfloat16"), jax.random.key(rows))
+    args = (x, gate, bias, jnp.asarray(1, jnp.int32), norm if spec.norm else None, delta, mailbox)
+    kernel = emulated()["gluon_norm" if rows < 3 else "gluon_rows"].run
+    total, normed, ids, weights, made, left = kernel(spec, *args)
+    want = reference.run(spec, *args[:4], None, *args[4:])
+    np.testing.assert_array_equal(np.asarray(total, np.float32), np.asarray(want[0], np.float32))
+    np.testing.assert_allclose(np.asarray(normed, np.float32), np.asarray(want[1], np.float32), rtol=2**-7)
+    np.testing.assert_array_equal(np.asarray(ids), np.asarray(want[2]))
+    np.testing.assert_allclose(np.asarray(weights), np.asarray(want[3]), rtol=2e-3)
+    assert left.shape == (mailbox_words(rows, spec.hidden, spec.experts),) and not np.asarray(left).any()
+    assert (made is not None) == (rows >= 3)
+    if made is not None:
+        for got, expected in zip(made, lists(np.asarray(ids), spec.experts, UNIT), strict=True):
+            np.testing.assert_array_equal(np.asarray(got), expected)
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+def test_ties_zeros_and_a_row_of_nan(rows: int) -> None:
+    """Logits of exactly zero are there all the same; a row of NaN names experts that exist and leaves the others alone."""
+    spec = spec_of(rows, norm="", delta=False, unit=0)
+    bias = np.zeros((2, EXPERTS), np.float32)
+    bias[1, [22, 35, 11]], bias[1, :3] = 1.0, -1.0
+    x = np.zeros((rows, spec.hidden), np.float32)
+    x[rows // 2] = np.nan if rows > 1 else 0.0
+    gate = jnp.ones((2, EXPERTS, spec.hidden), jnp.bfloat16)
+    mailbox = jnp.zeros(mailbox_words(rows, spec.hidden, EXPERTS), jnp.int32)
+    args = (jnp.asarray(x, jnp.bfloat16), gate, jnp.asarray(bias), jnp.asarray(1, jnp.int32), None, None, mailbox)
+    _, _, ids, weights, _, left = emulated()["gluon_norm" if rows < 3 else "gluon_rows"].run(spec, *args)
+    others = [row for row in range(rows) if rows == 1 or row != rows // 2]
+    np.testing.assert_array_equal(np.asarray(ids)[others], [[11, 22, 35, 3, 4, 5]] * len(others))
+    np.testing.assert_allclose(np.asarray(weights)[others], 2.5 / 6, rtol=1e-6)
+    assert all(len(set(row.tolist()) & set(range(EXPERTS))) == 6 for row in np.asarray(ids))
+    assert not np.asarray(left).any()
+
+
+def test_of_the_real_shape_every_program_has_its_part() -> None:
+    """128 programs; calls one after the other leave nothing behind."""
+    spec = dataclasses.replace(CASES["glm_norm"], rows=3, hidden=2048, layers=2, unit=8)
+    x, gate, bias, _, _, norm, delta, mailbox = inputs(spec, jax.random.key(9))
+    kernel = emulated()["gluon_rows"].run
+    for layer in (0, 1):
+        at = jnp.asarray(layer, jnp.int32)
+        *_, ids, weights, made, mailbox = kernel(spec, x, gate, bias, at, norm, delta, mailbox)
+        want = reference.run(spec, x, gate, bias, at, None, norm, delta, mailbox)
+        np.testing.assert_array_equal(np.asarray(ids), np.asarray(want[2]))
+        np.testing.assert_allclose(np.asarray(weights), np.asarray(want[3]), rtol=2e-3)
+        for got, expected in zip(made, lists(np.asarray(ids), 256, 8), strict=True):
+            np.testing.assert_array_equal(np.asarray(got), expected)
