@@ -10,39 +10,21 @@ ROWS_OF_HALVES = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
 FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 ROWS_OF_HEADS = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 1, [1, 0]))
 
-# A byte and above it its sign, shifted left by 4: sign and magnitude stand where bfloat16 has them (value * 2^-120, subnormals
-# included). Two words of a key ($4, $5) -> pairs of neighbouring latents.
-KEY_PAIRS = gl.constexpr("""{
- .reg .b32 t0, t1, t2, t3;
- prmt.b32 t0, $4, 0, 0x9180;
- prmt.b32 t1, $4, 0, 0xB3A2;
- prmt.b32 t2, $5, 0, 0x9180;
- prmt.b32 t3, $5, 0, 0xB3A2;
- shl.b32 t0, t0, 4;
- shl.b32 t1, t1, 4;
- shl.b32 t2, t2, 4;
- shl.b32 t3, t3, 4;
- and.b32 $0, t0, 0x87f087f0;
- and.b32 $1, t1, 0x87f087f0;
- and.b32 $2, t2, 0x87f087f0;
- and.b32 $3, t3, 0x87f087f0;
-}""")
+
+def _moved(*picks: str) -> gl.constexpr:
+    """PTX: four prmt that each put a byte and above it its sign into both halves of a word; shifted left by 4, sign and magnitude
+    stand where bfloat16 has them (value * 2^-120, subnormals included)."""
+    lines = [".reg .b32 t0, t1, t2, t3;"]
+    lines += [f"prmt.b32 t{i}, {pick};" for i, pick in enumerate(picks)]
+    lines += [f"shl.b32 t{i}, t{i}, 4;" for i in range(4)]
+    lines += [f"and.b32 ${i}, t{i}, 0x87f087f0;" for i in range(4)]
+    return gl.constexpr("{\n " + "\n ".join(lines) + "\n}")
+
+
+# Two words of a key ($4, $5) -> pairs of neighbouring latents.
+KEY_PAIRS = _moved("$4, 0, 0x9180", "$4, 0, 0xB3A2", "$5, 0, 0x9180", "$5, 0, 0xB3A2")
 # Words of two neighbouring keys ($4, $5) -> a pair of keys for each of four latents.
-VALUE_PAIRS = gl.constexpr("""{
- .reg .b32 t0, t1, t2, t3;
- prmt.b32 t0, $4, $5, 0xC480;
- prmt.b32 t1, $4, $5, 0xD591;
- prmt.b32 t2, $4, $5, 0xE6A2;
- prmt.b32 t3, $4, $5, 0xF7B3;
- shl.b32 t0, t0, 4;
- shl.b32 t1, t1, 4;
- shl.b32 t2, t2, 4;
- shl.b32 t3, t3, 4;
- and.b32 $0, t0, 0x87f087f0;
- and.b32 $1, t1, 0x87f087f0;
- and.b32 $2, t2, 0x87f087f0;
- and.b32 $3, t3, 0x87f087f0;
-}""")
+VALUE_PAIRS = _moved("$4, $5, 0xC480", "$4, $5, 0xD591", "$4, $5, 0xE6A2", "$4, $5, 0xF7B3")
 # A pair of bfloat16 times 2^100.
 TIMES = gl.constexpr("""{
  .reg .b32 u, z;
