@@ -3,7 +3,8 @@
 XLA initializes each custom call of a program in each run, also where a CUDA graph replays them, and jaxlib then looks the kernel
 up by the whole of its serialized form. Most of that is of no use to a launch: the text of Triton's IR (two thirds) and the PTX'
 line table. Without them the collectives' keys are 2 to 3 KB, not 11 to 19. Measured with the long keys, on four GPUs: 11 us a node
-for 11 KB, 16 for 19 KB; on two: 4 and 8. With the short ones: not measured.
+for 11 KB, 16 for 19 KB; on two: 4 and 8. With short ones a decode step of 599 launches is queued on four GPUs in 4.1 ms, 7 us a
+node.
 Source: TritonKernelCallFfiInitialize in jaxlib, CommandBufferThunk::Initialize and CustomCallThunk::Initialize in XLA.
 """
 

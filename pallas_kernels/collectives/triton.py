@@ -14,13 +14,10 @@ import jax_triton
 import triton
 import triton.language as tl
 
-from pallas_kernels import slim_triton
 from pallas_kernels.collectives import workspace
 from pallas_kernels.collectives.message import ADD_NORM, ALL_GATHER, ALL_TO_ALL, REDUCE_SCATTER, Message
 from pallas_kernels.collectives.workspace import PARTIALS, UNIT_PAYLOAD, Bound, State, Workspace
 from pallas_kernels.lowering import triton_options
-
-slim_triton.install()
 
 # $0 unused, $1 address, $2 and $3 payload, $4 epoch, $5 live.
 _PUSH: tl.constexpr = tl.constexpr("""{

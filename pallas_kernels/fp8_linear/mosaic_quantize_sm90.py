@@ -7,7 +7,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import ptxas_version
 from pallas_kernels.blocks import E4M3, E4M3_MAX
+
+ptxas_version.install()
 
 # [rows, 128] with a row in 16 lanes of 8 neighbouring elements: the maximum of a row stays in registers and shuffles.
 GROUPS = plgpu.Layout.TILED(

@@ -17,7 +17,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import ptxas_version
 from pallas_kernels.blocks import BLOCK, E4M3, E4M3_MAX
+
+ptxas_version.install()
 
 # [rows, 128] with a row in 16 lanes of 8 neighbouring elements: the maximum of a row stays in registers and shuffles.
 _GROUPS = plgpu.Layout.TILED(
