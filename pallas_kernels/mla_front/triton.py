@@ -17,9 +17,9 @@ import triton.language as tl
 from pallas_kernels import fp8_linear, latent_write
 from pallas_kernels.blocks import Weight
 from pallas_kernels.latent_write.triton import write_row
+from pallas_kernels.loaded_triton import loaded
 from pallas_kernels.lowering import triton_options
 from pallas_kernels.mla_front.spec import Spec
-from pallas_kernels.mla_out.triton import loaded
 
 # Pairs of a row and a head that one program rotates.
 _ROTATED = tl.constexpr(32)
