@@ -59,8 +59,7 @@ def bound(choices: list[Choice], calls: int, ceilings: Ceilings) -> float:
     for choice in choices:
         spec = choice.spec
         if not choice.inside and hasattr(spec, "bytes") and hasattr(spec, "flops"):
-            bits = spec.operand_bits() if hasattr(spec, "operand_bits") else 16
-            total += ceilings.bound(spec.bytes(), spec.flops(), bits)[1]
+            total += ceilings.bound_of(spec)[1]
     return calls * total
 
 

@@ -123,6 +123,11 @@ class Ceilings:
         memory, compute = nbytes / self.copy * 1e6, flops / (self.matmul * 16 / operand_bits) * 1e6
         return ("memory", memory) if memory >= compute else ("compute", compute)
 
+    def bound_of(self, spec: Any) -> tuple[str, float]:
+        """``bound`` of one call, as an operation's spec counts it."""
+        bits = spec.operand_bits() if hasattr(spec, "operand_bits") else 16
+        return self.bound(int(spec.bytes()), int(spec.flops()), bits)
+
 
 def environment(arch: Arch | None, ceilings: Ceilings) -> dict[str, Any]:
     """GPU, driver, clocks, versions and revision of this run. Call it while the clocks are still up."""

@@ -53,8 +53,7 @@ class Raw:
     def record(self, ceilings: Ceilings, run: str) -> Record:
         spec, us = self.spec, self.timing.microseconds
         nbytes, flops = int(spec.bytes()), int(spec.flops())
-        bits = spec.operand_bits() if hasattr(spec, "operand_bits") else 16
-        bound, bound_us = ceilings.bound(nbytes, flops, bits)
+        bound, bound_us = ceilings.bound_of(spec)
         rivals = self.operation.rivals(self.case, spec.rows)
         others = {**rivals, **({"reference": self.reference_us} if self.reference_us else {})}
         return Record(

@@ -8,6 +8,8 @@ import pytest
 from bench import gpu_tests
 
 TESTS = """
+import pathlib
+import subprocess
 import time
 import pytest
 
@@ -29,6 +31,8 @@ def test_four(broken):
     pass
 
 def test_five():
+    left = subprocess.Popen(["sleep", "60"])
+    pathlib.Path(__file__).with_name("left").write_text(str(left.pid))
     time.sleep(60)
 """
 
@@ -53,6 +57,9 @@ def test_a_run_that_is_ended_keeps_what_is_known(tmp_path: Path) -> None:
     status, lines = run(tmp_path, "-k", "two or five", limit=15)
     assert status == gpu_tests.ENDED
     assert [outcome.outcome for outcome in gpu_tests.outcomes(lines, "run")] == ["failed"]
+    # Neither pytest's processes nor theirs live on: they would keep the GPU's memory.
+    status_of = Path("/proc", (tmp_path / "left").read_text(), "stat")
+    assert not status_of.exists() or status_of.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 def test_an_empty_report_is_no_result(tmp_path: Path) -> None:

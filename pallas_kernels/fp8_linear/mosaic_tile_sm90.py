@@ -52,11 +52,10 @@ class Tile(Ending):
         self.part = lax.axis_index("part") if plan.split > 1 else 0
         self.share = self.part * plan.warpgroups + self.wg
         self.firsts = [sum(plan.ns[:j]) // TILE for j in range(len(plan.ns))]
-        even = plan.units % plan.shares == 0
         spread = plan.units // plan.shares
         # Units of k that this warpgroup walks: share, share + shares, ...
-        self.units = spread if even else (plan.units - self.share + plan.shares - 1) // plan.shares
-        self.most_units = spread if even else spread + 1
+        self.units = spread if plan.even else (plan.units - self.share + plan.shares - 1) // plan.shares
+        self.most_units = spread if plan.even else spread + 1
 
     def compute(self) -> None:
         plan = self.plan

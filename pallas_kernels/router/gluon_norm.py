@@ -23,7 +23,7 @@ jax_gluon.install()
 _EXPERTS = 2  # of a program
 _WARPS = 8
 _CHUNK = 2048  # most numbers that all threads load at once, 16 bytes each
-_GONE = gl.constexpr(-(2**31))
+GONE = gl.constexpr(-(2**31))
 # About 0.7 us each. Only choosing programs wait, one a row, and for programs that wait for nobody.
 MOST_POLLS = gl.constexpr(1 << 22)
 _TRAP = gl.constexpr("{ .reg .pred p; setp.eq.s32 p, $1, 0; @p trap; mov.u32 $0, 0; }")
@@ -38,7 +38,15 @@ def _add_pairs(a, b, c, d):
 def word(number):
     """A number's bits, never zero: +0 becomes -0, which makes no difference to a sum of others or to a sigmoid."""
     bits = number.to(gl.int32, bitcast=True)
-    return gl.where(bits == 0, _GONE, bits)
+    return gl.where(bits == 0, GONE, bits)
+
+
+@gluon.jit
+def keys_of(number, known):
+    """Integers in the order of the numbers, NaN first; the least where nothing is known."""
+    # A float's bits order as an integer's do, once those of negative ones are inverted below the sign.
+    bits = number.to(gl.int32, bitcast=True)
+    return gl.where(known, gl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), GONE)
 
 
 @gluon.jit
@@ -49,7 +57,7 @@ def trap_unless(there):
 @gluon.jit
 def _look(words, expert, EXPERTS: gl.constexpr):
     """The words and whether all of them are written; every warp looks for itself."""
-    found = gl.load(words + expert, mask=expert < EXPERTS, other=_GONE, volatile=True)
+    found = gl.load(words + expert, mask=expert < EXPERTS, other=GONE, volatile=True)
     return found, gl.min((found != 0).to(gl.int32), 0)
 
 
@@ -60,9 +68,7 @@ def _choose(
 ):  # fmt: skip
     """ids, weights [K] of one row: the largest of score + shift, equal ones by the lower expert, NaN first."""
     score = 1.0 / (1.0 + gl.exp(-logit))
-    # A float's bits order as an integer's do, once those of negative ones are inverted below the sign.
-    bits = (score + shift).to(gl.int32, bitcast=True)
-    keys = gl.where(expert < EXPERTS, gl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), _GONE)
+    keys = keys_of(score + shift, expert < EXPERTS)
     place = gl.arange(0, BK, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     chosen, own = gl.zeros_like(place), gl.zeros_like(place)
     for i in gl.static_range(K):
@@ -72,7 +78,7 @@ def _choose(
         # Scores are not negative: of their bits, those of one expert are the maximum beside zeros.
         own = gl.where(place == i, gl.max(gl.where(mine, score.to(gl.int32, bitcast=True), 0), 0), own)
         chosen = gl.where(place == i, one, chosen)
-        keys = gl.where(mine, _GONE, keys)
+        keys = gl.where(mine, GONE, keys)
     score = own.to(gl.float32, bitcast=True)
     gl.store(ids + place, chosen, mask=place < K)
     gl.store(weights + place, score / (gl.sum(score, 0) + 1e-20) * SCALE, mask=place < K)
@@ -156,7 +162,6 @@ def run(
     norm: jax.Array | None,
     delta: jax.Array | None,
     mailbox: jax.Array,
-    warps: int = _WARPS,
 ) -> tuple[jax.Array, ...]:
     """(total, normed, ids, weights, None, mailbox), as ``router.add_norm_route`` describes them."""
     # The largest power of two that divides the hidden size.
@@ -171,7 +176,7 @@ def run(
             row if spec.delta else unused, row if spec.norm else unused,
             shape((spec.rows, spec.k), jnp.int32), shape((spec.rows, spec.k), jnp.float32),
         ),
-        grid=(programs, spec.rows), name="router_norm", num_warps=warps, **triton_options(),
+        grid=(programs, spec.rows), name="router_norm", num_warps=_WARPS, **triton_options(),
         HIDDEN=spec.hidden, EXPERTS=spec.experts, K=spec.k, SCALE=spec.scale, EPS=spec.eps, ADD=spec.delta, NORM=bool(spec.norm),
         CHUNK=chunk, CHUNKS=spec.hidden // chunk, PROGRAMS=programs, BE=max(32, triton.next_power_of_2(spec.experts)),
         BK=triton.next_power_of_2(spec.k),

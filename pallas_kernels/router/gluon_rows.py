@@ -20,18 +20,17 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from pallas_kernels import jax_gluon
 from pallas_kernels.lowering import triton_options
-from pallas_kernels.router.gluon_norm import MOST_POLLS, trap_unless, word
+from pallas_kernels.router.gluon_norm import GONE, MOST_POLLS, keys_of, trap_unless, word
 from pallas_kernels.router.spec import MOST_ROWS, TILE, WARPS, Spec, slices_of
 
 jax_gluon.install()
-_GONE = gl.constexpr(-(2**31))
 _FAR = gl.constexpr(65535)
 
 
 @gluon.jit
 def _look_at_sums(at, live):
     """Every warp looks for itself, each lane at words of its own."""
-    words = gl.load(at, mask=live, other=_GONE, volatile=True)
+    words = gl.load(at, mask=live, other=GONE, volatile=True)
     return words, gl.min(gl.min((words != 0).to(gl.int32), 1), 0)
 
 
@@ -52,11 +51,11 @@ def _inverse(squares, at_own, at_all, live, of_rows: gl.constexpr, HIDDEN: gl.co
 @gluon.jit
 def _look_at_logits(at, live, EXPERTS: gl.constexpr, SLICES: gl.constexpr):
     """Sums over the slices, in order, and whether all of them are there."""
-    logits = gl.load(at, mask=live, other=_GONE, volatile=True)
+    logits = gl.load(at, mask=live, other=GONE, volatile=True)
     good = (logits != 0).to(gl.int32)
     logits = logits.to(gl.float32, bitcast=True)
     for part in gl.static_range(1, SLICES):
-        words = gl.load(at + part * EXPERTS, mask=live, other=_GONE, volatile=True)
+        words = gl.load(at + part * EXPERTS, mask=live, other=GONE, volatile=True)
         good = good & (words != 0).to(gl.int32)
         logits += words.to(gl.float32, bitcast=True)
     return logits, gl.min(gl.min(good, 1), 0)
@@ -66,9 +65,7 @@ def _look_at_logits(at, live, EXPERTS: gl.constexpr, SLICES: gl.constexpr):
 def _choose(logits, shift, expert, row, EXPERTS: gl.constexpr, K: gl.constexpr, SCALE: gl.constexpr, BK: gl.constexpr):
     """ids and weights [rows, BK]: the largest of score + shift, equal ones by the lower expert, NaN first."""
     score = 1.0 / (1.0 + gl.exp(-logits))
-    # A float's bits order as an integer's do, once those of negative ones are inverted below the sign.
-    bits = (score + shift[None, :]).to(gl.int32, bitcast=True)
-    keys = gl.where(expert[None, :] < EXPERTS, gl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), _GONE)
+    keys = keys_of(score + shift[None, :], expert[None, :] < EXPERTS)
     places: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [gl.num_warps(), 1], [1, 0])
     of_row: gl.constexpr = gl.SliceLayout(1, places)
     place = gl.arange(0, BK, gl.SliceLayout(0, places))[None, :]
@@ -82,7 +79,7 @@ def _choose(logits, shift, expert, row, EXPERTS: gl.constexpr, K: gl.constexpr, 
         weight = gl.max(gl.where(mine, score.to(gl.int32, bitcast=True), 0), 1)
         own = gl.where(place == i, gl.convert_layout(weight, of_row)[:, None], own)
         chosen = gl.where(place == i, gl.convert_layout(one, of_row)[:, None], chosen)
-        keys = gl.where(mine, _GONE, keys)
+        keys = gl.where(mine, GONE, keys)
     scores = gl.where(place < K, own.to(gl.float32, bitcast=True), 0.0)
     return chosen, scores / (gl.sum(scores, 1) + 1e-20)[:, None] * SCALE, place, gl.convert_layout(row, of_row)[:, None]
 
