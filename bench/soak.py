@@ -106,10 +106,16 @@ class _Row:
 class Soaking:
     """A program, its slots and the sequences in them."""
 
-    def __init__(self, spec: SoakSpec, mark: Callable[[str], None] = lambda text: None) -> None:
+    def __init__(
+        self,
+        spec: SoakSpec,
+        mark: Callable[[str], None] = lambda text: None,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """mark: writes a line into XLA's log. say: shows progress."""
         step = StepSpec(spec.config, rows=spec.rows, dtype=spec.dtype)
         weights = make_weights(step.shapes())
-        self.spec, self.mark, self.random = spec, mark, np.random.default_rng(spec.seed)
+        self.spec, self.mark, self.say, self.random = spec, mark, say, np.random.default_rng(spec.seed)
         self.program = DecodeProgram(weights, spec.config, step.plan, spec.rows, spec.pages)
         self.slots = Slots(self.program, chunks=(32, 128))
         room = spec.pages * PAGE
@@ -135,6 +141,7 @@ class Soaking:
         self.rows = [None] * self.spec.rows
         self.seen = Soak()
         self._marked(START)
+        self.say("compiled and warm")
         before, until = self._addresses(), [self.spec.steps * (i + 1) // 10 for i in range(10)]
         with Compiling() as compiling:
             start = time.perf_counter()
@@ -144,6 +151,7 @@ class Soaking:
                 self._drain()
                 self.seen.memory.append(memory(self.state))
                 self.seen.moved += self._addresses() != before
+                self.say(f"{end} of {self.spec.steps} steps after {time.perf_counter() - start:.1f} s")
             self.seen.seconds = round(time.perf_counter() - start, 2)
         self.seen.programs, self.seen.traces = compiling.programs, self.program.traces
         return self.seen

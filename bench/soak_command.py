@@ -84,9 +84,18 @@ def worker(arguments: list[str] | None = None) -> int:
     return soak(spec, options.results, options.log)
 
 
-def soak(spec: SoakSpec, results: Path, log: Path | None = None, say: Callable[[str], None] = print) -> int:
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def soak(
+    spec: SoakSpec,
+    results: Path,
+    log: Path | None = None,
+    say: Callable[[str], None] = _say,
+) -> int:
     """Runs, records and prints; the exit status."""
-    soaking = Soaking(spec, lambda text: print(text, file=sys.stderr, flush=True))
+    soaking = Soaking(spec, lambda text: print(text, file=sys.stderr, flush=True), say)
     seen = soaking.run()
     stepping, other = graph_lines(log.read_text()) if log else (Counter[str](), Counter[str]())
     wrong = seen.wrong + [f"{count} graphs {name.lower()} by steps" for name, count in sorted(stepping.items())]

@@ -46,9 +46,11 @@ def again(**changes) -> Soaking:
 
 
 def test_sequences_come_and_go_and_nothing_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(soak_command, "Soaking", lambda spec, mark: soaking())
+    monkeypatch.setattr(soak_command, "Soaking", lambda spec, mark, say: soaking())
     said: list[str] = []
+    monkeypatch.setattr(soaking(), "say", said.append)
     assert soak_command.soak(SPEC, tmp_path, say=said.append) == 0
+    assert said[:2] == ["compiled and warm", said[1]] and said[1].startswith("12 of 120 steps after ")
     (path,) = tmp_path.glob("*/checks/soak.json")
     record = json.loads(path.read_text())
     seen = record["seen"]
@@ -56,7 +58,7 @@ def test_sequences_come_and_go_and_nothing_is_wrong(tmp_path: Path, monkeypatch:
     assert seen["poisoned"] >= 3 and seen["sequences"] > 10 and seen["tokens"] > 200
     # Float32 on the CPU, and every row of one program: the texts are the same.
     assert seen["texts_again"] == seen["texts_same"] > 5
-    assert record["wrong"] == [] and "0 bytes more at the end" in said[0] and record["device_kind"]
+    assert record["wrong"] == [] and "0 bytes more at the end" in said[11] and record["device_kind"]
 
 
 def test_nan_where_nobody_put_it_is_a_fault() -> None:
@@ -119,7 +121,7 @@ def test_the_graph_in_the_log() -> None:
 
 def test_a_graph_that_a_step_records_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = soak.Soak(steps=1, memory=[5], traces=1)
-    monkeypatch.setattr(soak_command, "Soaking", lambda spec, mark: argparse.Namespace(run=lambda: seen))
+    monkeypatch.setattr(soak_command, "Soaking", lambda spec, mark, say: argparse.Namespace(run=lambda: seen))
     log, said = tmp_path / "log", list[str]()
     log.write_text(f"{soak.START}\n{soak.STEPS}\nx] Updated command buffer in 7 us\n")
     assert soak_command.soak(SPEC, tmp_path, log, said.append) == 1 and "WRONG: 1 graphs updated by steps" in said
