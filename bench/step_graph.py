@@ -21,6 +21,7 @@ from bench.step_kernels import Launch, launches
 from bench.step_model import StepSpec
 from glm52_jax import audit, decode
 from glm52_jax.shapes import abstract_state
+from glm52_jax.xla_options import step_options
 from pallas_kernels import lowering
 from pallas_kernels.arch import Arch
 
@@ -100,8 +101,8 @@ def graph_of(spec: StepSpec, arch: Arch) -> StepGraph:
         lowered = jax.jit(traced, donate_argnums=1).lower(placed(spec.shapes()), placed(state))
     middle = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        options: dict[str, Any] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, "xla_gpu_autotune_level": 0}
-        hlo = lowered.compile(compiler_options=options).as_text() or ""
+        options = step_options(arch, Path(folder)) or {}
+        hlo = lowered.compile(compiler_options=options | {"xla_gpu_autotune_level": 0}).as_text() or ""
         thunks = audit.dumped_thunks(Path(folder))
     end = time.perf_counter()
     assert thunks is not None

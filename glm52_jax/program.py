@@ -27,6 +27,7 @@ from glm52_jax.plan import Plan
 from glm52_jax.sampling import Sampling, sampling_state
 from glm52_jax.shapes import abstract_state
 from glm52_jax.weights import Weights
+from glm52_jax.xla_options import step_options
 from pallas_kernels import lowering, registry
 from pallas_kernels.arch import Arch
 from pallas_kernels.registry import Choice
@@ -239,7 +240,7 @@ def _build(
     dump: Path | None,
 ) -> tuple[Any, Any, Any, tuple[Choice, ...], list[int]]:
     """(step, copy of what it drew, drafts into tokens, choices, [traces]), compiled; kept without weights, so that they can be let
-    go. arch: a key."""
+    go. arch: the GPU it is for, None for a CPU."""
     count = [0]
 
     def traced(weights: Weights, state: DecodeState) -> DecodeState:
@@ -249,8 +250,7 @@ def _build(
     given = jax.tree.unflatten(sizes, state)
     with registry.recorded() as found:
         lowered = exchange.Lowered(traced, plan.parallel, jax.tree.unflatten(structure, weights), given)
-    options = {"xla_dump_to": str(dump), "xla_dump_hlo_as_text": True} if dump else None
-    step = lowered.compile(compiler_options=options)
+    step = lowered.compile(compiler_options=step_options(arch, dump))
     # The state is donated to the next step, so what the host reads is a copy, made outside of the step's graph: an output of the
     # step itself would alternate addresses, and XLA would update the graph in every step.
     copy = jax.jit(jnp.copy).lower(given.drawn).compile()
