@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from bench import ab, indexer, layer, prompt, readme, records, report, run, soak_command, step_command
+from bench import ab, indexer, layer, prompt, readme, records, report, run, soak_command, start, step_command
 from bench.check import WrongResult, checked
 from bench.operations import ROWS, Operation, discover, packages, select
 from bench.prepare import Share, run_workers
@@ -249,6 +249,7 @@ def _parser() -> argparse.ArgumentParser:
     step_command.add_options(add("step", whole_step_command, "time the whole decode step (needs a GPU)"))
     prompt.add_options(add("prompt", prompt_command, "time a long prompt (needs a GPU)"))
     ab.add_options(add("ab", ab.main, "time two revisions or plans of the step (needs a GPU)"))
+    start.add_options(add("start", start.main, "time until the first token, cold and again"))
     soak_command.add_options(add("soak", soak_command.main, "run one program for thousands of steps"))
     reporting = add("report", report_command, "write tables and plots from the records")
     reporting.add_argument("--readme", metavar="GPU", help="write this GPU's figures into README.md too, such as h200")
