@@ -28,7 +28,7 @@ import jax
 import numpy as np
 
 from bench import step_kernels, timing
-from bench.step_kernels import Kernel
+from bench.step_kernels import Kernel, Profile
 from bench.step_model import StepSpec, make_state, make_weights, rewound
 from glm52_jax import audit
 from glm52_jax.program import DecodeProgram, State
@@ -40,6 +40,7 @@ from pallas_kernels.registry import Choice
 LAG = 2
 # Steps of a round. It begins with an idle GPU that waits for the first one to be queued, which is 1 % of so many.
 QUEUED = 64
+_NO_PROFILE = Profile()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,12 +176,11 @@ def result(
     prepared: Prepared,
     taken: timing.Timing,
     copy: float,
-    found: Sequence[Kernel] = (),
-    graph_us: float = 0.0,
+    found: Profile = _NO_PROFILE,
     graph: str = "",
     run: str = "",
 ) -> Step:
-    """The figure of a timing; copy: bytes/s; found, graph_us: of ``step_kernels.profiled``. Paces the program's steps."""
+    """The figure of a timing; copy: bytes/s; found: of ``step_kernels.profiled``. Paces the program's steps."""
     spec, steps = prepared.spec, prepared.steps
     between, queueing = steps.paced(spec.room)
     nbytes = moved_bytes(spec, steps.program.choices)
@@ -193,8 +193,8 @@ def result(
         bytes=nbytes, bound_us=round(bound, 2), percent_of_bound=round(100 * bound / taken.microseconds, 1),
         experts_hit=round(spec.experts_hit(), 1), compile_s=round(prepared.compile_s, 1),
         backends=backends(steps.program.choices),
-        stages_us=step_kernels.stages(found, taken.microseconds) if found else {}, run=run, graph=graph,
-        kernels=[dataclasses.asdict(kernel) for kernel in found], graph_us=graph_us,
+        stages_us=step_kernels.stages(found, taken.microseconds), run=run, graph=graph,
+        kernels=[dataclasses.asdict(kernel) for kernel in found.kernels], graph_us=found.graph_us,
     )  # fmt: skip
 
 
@@ -205,13 +205,13 @@ def audited(prepared: Prepared, steps: int = 64) -> str:
     return str(found)
 
 
-def split(steps: Steps, say: Callable[[str], None]) -> tuple[list[Kernel], float]:
+def split(steps: Steps, say: Callable[[str], None]) -> Profile:
     """``step_kernels.profiled``; where it finds something else than the steps it says so, and the time stands without its parts."""
     try:
         return step_kernels.profiled(steps)
     except ValueError as error:
         say(f"no stages: {error}")
-        return [], 0.0
+        return _NO_PROFILE
 
 
 def sweep(
@@ -242,8 +242,8 @@ def sweep(
                 say(f"batch {rows}, context {context}: compiled in {prepared.compile_s:.0f} s")
                 graph = audited(prepared) if audits else ""
             (taken,) = timing.measure([prepared.steps], rounds)
-            found, graph_us = split(prepared.steps, say) if stages else ([], 0.0)
-            figure = result(prepared, taken, copy, found, graph_us, graph, run)
+            found = split(prepared.steps, say) if stages else _NO_PROFILE
+            figure = result(prepared, taken, copy, found, graph, run)
             say(line(figure))
             keep(figure)
             figures.append(figure)

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bench.step_kernels import Launch, launches
+from bench.step_launches import Launch, launches
 from bench.step_model import StepSpec
 from glm52_jax import audit, decode
 from glm52_jax.shapes import abstract_state

@@ -1,9 +1,9 @@
 """Where a step's time goes: every kernel of the replayed graph, timed by the profiler, under the operation that launched it.
 
 XLA's profiler reports the kernels of a CUDA graph by name and time, but not which instruction each belongs to. Our kernels are
-custom calls, which run in the order of the compiled program: the n-th launch is the n-th call, whose scope says layer, stage and
-operation. XLA's own kernels carry their fusion's name. What is left of the step's time, measured without the profiler, lies between
-kernels.
+custom calls: the n-th launch of a name is the n-th call of it in the compiled program, whose scope says layer, stage and operation
+(two of one name that run side by side may be taken for each other). XLA's own kernels carry their fusion's name. What is left of
+the step's time, measured without the profiler, lies between kernels.
 """
 
 from __future__ import annotations
@@ -13,32 +13,18 @@ import re
 import statistics
 import tempfile
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-BETWEEN = "between kernels"
-OTHER = "rest"
-# Stages in the order in which they are told, and the scopes that mean them: of a path, the last that is known.
-STAGES = {
-    **{"attention": "attention", "indexer": "indexer", "dense": "dense", "router": "router", "experts": "experts"},
-    **{"collectives": "collectives", "head": "head", "sample_logits": "sampling"},
-}
-_OURS = ("mosaic_gpu_v2", "triton_kernel_call_ffi", "triton_kernel_call")
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (\(?[a-z0-9]+\[[\d,]*\]).*? (fusion|custom-call)\(")
-_OPERATION = re.compile(r"^([a-z_0-9]+)\.(?:triton|gluon|mosaic\w*|reference)$")
+from bench.step_launches import OTHER, STAGES, Launch, launches
 
-
-@dataclasses.dataclass(frozen=True)
-class Launch:
-    """A kernel's launch in a program. ours: one of this repository's; else a fusion of XLA's, by its kernel's name."""
-
-    stage: str
-    what: str
-    ours: bool
+BETWEEN, BESIDE = "between kernels", "side by side"
+# (start in ns, name, microseconds) of everything that ran.
+type Events = Sequence[tuple[int, str, float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,50 +38,42 @@ class Kernel:
     us: float
 
 
-def launches(hlo: str) -> tuple[list[Launch], dict[str, Launch]]:
-    """(our custom calls in the order in which they run, XLA's kernels by name) of an optimized, scheduled module."""
-    ours, fusions = [], {}
-    for line in hlo.partition("\nENTRY ")[2].splitlines():
-        found = _INSTRUCTION.match(line)
-        if found is None:
-            continue
-        scope = re.search(r'metadata=\{op_name="([^"]*)"', line)
-        launch = _launch(scope[1] if scope else "", found[2].lstrip("("))
-        target = re.search(r'custom_call_target="([^"]*)"', line)
-        if target is None:
-            fusions[found[1].replace(".", "_").replace("-", "_")] = dataclasses.replace(launch, ours=False)
-        elif target[1] in _OURS:
-            ours.append(launch)
-    return ours, fusions
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """Of a step: its kernels, the GPU's time of its graph, and how much of that at least one kernel was running."""
+
+    kernels: list[Kernel] = dataclasses.field(default_factory=list)
+    graph_us: float = 0.0
+    busy_us: float = 0.0
 
 
-def _launch(scope: str, shape: str) -> Launch:
-    parts = scope.split("/")
-    operations = [found[1] for part in parts if (found := _OPERATION.match(part))]
-    known = [STAGES[name] for part in parts if (name := part.partition(".")[0]) in STAGES]
-    return Launch(known[-1] if known else OTHER, f"{'/'.join(operations)} {shape}".strip(), True)
-
-
-def kernels(events: Sequence[tuple[int, str, float]], hlo: str, steps: int) -> list[Kernel]:
-    """Kernels of a step from (start, name, microseconds) of everything that ran in ``steps`` of them.
+def kernels(events: Events, hlo: str, steps: int) -> list[Kernel]:
+    """Kernels of a step from everything that ran in ``steps`` of them.
 
     ValueError where the launches of our kernels are not those of the program.
     """
     ours, fusions = launches(hlo)
-    called: list[tuple[str, float]] = []
+    calls: dict[str, list[Launch]] = defaultdict(list)
+    for launch in ours:
+        calls[launch.kernel].append(launch)
+    seen: Counter[str] = Counter()
     times: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     for _, name, us in sorted(events):
         if _is_ours(name):
-            called.append((name, us))
+            same = calls.get(name)
+            launch = same[seen[name] % len(same)] if same else Launch(OTHER, "", name)
+            seen[name] += 1
         else:
-            launch = fusions.get(name, Launch(OTHER, "", False))
-            times[launch.stage, launch.what, name].append(us)
-    if len(called) != steps * len(ours):
-        names = ", ".join(dict.fromkeys(name for name, _ in called))
-        raise ValueError(f"{len(called)} launches in {steps} steps of {len(ours)} calls of our kernels: {names}")
-    for number, (name, us) in enumerate(called):
-        launch = ours[number % len(ours)]
+            launch = fusions.get(name, Launch(OTHER, ""))
         times[launch.stage, launch.what, name].append(us)
+    wanted = {name: steps * len(same) for name, same in calls.items()}
+    wrong = [
+        f"{name} {seen[name]} times, not {wanted.get(name, 0)}"
+        for name in wanted | seen
+        if seen[name] != wanted.get(name, 0)
+    ]
+    if wrong:
+        raise ValueError(f"a profile of {steps} steps has {', '.join(wrong)}")
     order = [*STAGES.values(), OTHER]
     found = [Kernel(*key, round(len(us) / steps), round(sum(us) / steps, 3)) for key, us in times.items()]
     return sorted(found, key=lambda kernel: (order.index(kernel.stage), -kernel.us))
@@ -106,18 +84,25 @@ def _is_ours(name: str) -> bool:
     return re.fullmatch(r"[a-z][a-z0-9_]*_kernel", name) is not None
 
 
-def stages(found: Sequence[Kernel], step_us: float) -> dict[str, float]:
-    """Microseconds of each stage that a step has, and of what lies between kernels: they add up to ``step_us``."""
+def stages(profile: Profile, step_us: float) -> dict[str, float]:
+    """Microseconds of each stage that a step has, and of what lies between kernels; nothing without a profile.
+
+    What runs beside something else counts in both stages and is taken off again as "side by side": all add up to ``step_us``.
+    """
     sums: dict[str, float] = {}
-    for kernel in found:
+    for kernel in profile.kernels:
         sums[kernel.stage] = sums.get(kernel.stage, 0.0) + kernel.us
-    return {**{name: round(us, 2) for name, us in sums.items()}, BETWEEN: round(step_us - sum(sums.values()), 2)}
+    if not sums:
+        return {}
+    beside = profile.busy_us - sum(sums.values())
+    told = {**sums, **({BESIDE: beside} if beside < -0.005 else {})}
+    return {name: round(us, 2) for name, us in {**told, BETWEEN: step_us - sum(told.values())}.items()}
 
 
-def profiled(steps: Any, count: int = 4) -> tuple[list[Kernel], float]:
-    """(kernels of a step of ``bench.step.Steps``, microseconds of its graph), from ``count`` steps under the profiler.
+def profiled(steps: Any, count: int = 4) -> Profile:
+    """``count`` steps of ``bench.step.Steps`` under the profiler; of several GPUs the first one's.
 
-    Of several GPUs it is the first one's. ValueError where the profile does not hold those steps.
+    ValueError where the profile does not hold those steps.
     """
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -127,10 +112,20 @@ def profiled(steps: Any, count: int = 4) -> tuple[list[Kernel], float]:
     hlo = steps.program.executable.as_text()
     module = re.search(r"^HloModule ([\w.-]+)", hlo)
     events = events_of(data, module[1] if module else "")
-    return kernels(events, hlo, count), graph_us(events, count)
+    return Profile(kernels(events, hlo, count), graph_us(events, count), busy_us(events, count))
 
 
-def graph_us(events: Sequence[tuple[int, str, float]], steps: int) -> float:
+def busy_us(events: Events, steps: int) -> float:
+    """Microseconds of a step in which at least one kernel ran."""
+    total = until = 0.0
+    for start, _, us in sorted(events):
+        begin, end = start / 1e3, start / 1e3 + us
+        total += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return round(total / steps, 3)
+
+
+def graph_us(events: Events, steps: int) -> float:
     """Microseconds from the start of a step's first kernel to the end of its last one, median over the steps."""
     ordered, each = sorted(events), len(events) // steps
     spans = []
@@ -140,7 +135,7 @@ def graph_us(events: Sequence[tuple[int, str, float]], steps: int) -> float:
     return round(statistics.median(spans), 2)
 
 
-def events_of(data: Any, module: str) -> list[tuple[int, str, float]]:
+def events_of(data: Any, module: str) -> Events:
     """(start in ns, name, microseconds) of the first GPU's kernels of that module; what rewinds positions is another one."""
     found = []
     with warnings.catch_warnings():

@@ -10,8 +10,6 @@ from pallas_kernels.arch import Arch
 STEP: dict[str, Any] = {
     # The graph holds the step's dependencies, not one chain: what does not depend on each other runs side by side.
     "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
-    # Temporaries have an allocator of their own. Elsewhere a prompt's would move them, and XLA would update the graph.
-    "xla_gpu_temp_buffer_use_separate_color": True,
 }
 
 

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import functools
 import re
+import zlib
 from functools import cache
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bench import records, report, step, step_command, step_graph, step_kernels, step_model, step_report
+from bench import records, report, step, step_command, step_graph, step_kernels, step_launches, step_model, step_report
 from bench.step_model import StepSpec, expected_experts, glm52, make_weights
 from glm52_jax import audit, model, shapes
 from glm52_jax.cache import contiguous_table, make_cache, make_rows
@@ -122,7 +123,8 @@ def test_a_figure(prepared: step.Prepared) -> None:
     assert np.asarray(steps.state.arrays.positions).tolist() == [74, 74]
     taken = step.timing.Timing(1000.0, 0.1, 10, (1000.0,))
     kernels = [step_kernels.Kernel("attention", "fp8_linear", "fp8_linear_kernel", 2, 400.0)]
-    figure = step.result(prepared, taken, 1e12, kernels, 900.0, "1 command buffers", "now")
+    profile = step_kernels.Profile(kernels, 900.0, 400.0)
+    figure = step.result(prepared, taken, 1e12, profile, "1 command buffers", "now")
     assert np.asarray(steps.state.arrays.positions).tolist() == [64 + SPEC.room] * 2
     assert [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(steps.state.arrays.cache)] == before
     assert figure.bound_us == pytest.approx(figure.bytes / 1e6, abs=0.01)
@@ -136,6 +138,14 @@ def test_a_figure(prepared: step.Prepared) -> None:
 
 
 # An optimized module of XLA's for GPUs: two fusions, one of them twice under one kernel, and three calls of ours.
+def packed(text: bytes) -> str:
+    """As XLA prints the packed text of a Triton call."""
+    return "".join(
+        f"\\{byte:02X}" if byte < 32 or byte > 126 or byte in b'"\\' else chr(byte) for byte in zlib.compress(text)
+    )
+
+
+PACKED = packed(b"\0\nrow_kernel\x1a")
 HLO = """\
 HloModule jit_traced, is_scheduled=true
 
@@ -147,15 +157,16 @@ ENTRY %main (a: bf16[9,8]) -> s32[1] {
   %a = bf16[9,8]{1,0} parameter(0)
   %loop.slice-fusion = bf16[1,8]{1,0} fusion(%a), kind=kLoop, calls=%f, metadata={op_name="jit(traced)/gather"}
   %mpmd_map.1 = (bf16[1,8]{1,0}, bf16[4]{0}) custom-call(%b), custom_call_target="mosaic_gpu_v2", \
-metadata={op_name="jit(traced)/layer0/attention/mla_out.triton/fp8_linear.mosaic_sm90/call" stack_frame_id=1}, backend_config={}
+metadata={op_name="jit(traced)/layer0/attention/mla_out.triton/fp8_linear.mosaic_sm90/fp8_linear/mpmd_map"}, backend_config={}
   %call.2 = f32[2]{0} custom-call(%c), custom_call_target="triton_kernel_call_ffi", \
-metadata={op_name="jit(traced)/layer0/attention/indexer/top_k.gluon/call"}
+metadata={op_name="jit(traced)/layer0/attention/indexer/top_k.gluon/call"}, backend_config={opaque = "PACKED"}
   %tuple.3 = (f32[1]{0}, u8[4]{0}) custom-call(%d), custom_call_target="Other"
   %call.4 = f32[2]{0} custom-call(%c), custom_call_target="triton_kernel_call_ffi", \
-metadata={op_name="jit(traced)/layer1/attention/indexer/top_k.gluon/call"}
+metadata={op_name="jit(traced)/layer1/attention/indexer/top_k.gluon/call"}, backend_config={opaque = "PACKED"}
   ROOT %gemm_fusion = s32[1]{0} fusion(%a), kind=kCustom, calls=%h, metadata={op_name="jit(traced)/head/fp8_linear.reference/dot"}
 }
 """
+HLO = HLO.replace("PACKED", PACKED)
 
 
 def step_events(start: int) -> list[tuple[int, str, float]]:
@@ -164,7 +175,7 @@ def step_events(start: int) -> list[tuple[int, str, float]]:
 
 
 def test_kernels_of_a_step_by_operation() -> None:
-    found = step_kernels.kernels([*step_events(100), *step_events(0)], HLO, 2)
+    found = step_kernels.kernels([*step_events(100_000), *step_events(0)], HLO, 2)
     told = {(k.stage, k.what, k.kernel): (k.launches, k.us) for k in found}
     assert told == {
         ("attention", "mla_out/fp8_linear bf16[1,8]", "fp8_linear_mosaic_gpu_kernel"): (1, 2.0),
@@ -173,14 +184,35 @@ def test_kernels_of_a_step_by_operation() -> None:
         ("rest", "bf16[1,8]", "loop_slice_fusion"): (1, 1.0),
         ("rest", "", "void cublas::sum<float>"): (1, 0.5),
     }
-    stages = step_kernels.stages(found, 20.0)
+    stages = step_kernels.stages(step_kernels.Profile(found, 16.0, 15.5), 20.0)
     assert stages == {"attention": 2.0, "indexer": 7.0, "head": 5.0, "rest": 1.5, "between kernels": 4.5}
     assert sum(stages.values()) == 20.0
     assert "indexer         2 x    3.50 =       7.0 us  top_k f32[2]" in step_kernels.lines(found)[1]
     with pytest.raises(
-        ValueError, match="5 launches in 2 steps of 3 calls of our kernels: fp8_linear_mosaic_gpu_kernel, row"
+        ValueError, match=r"2 steps has fp8_linear_mosaic_gpu_kernel 1 times, not 2, row_kernel 3 times"
     ):
-        step_kernels.kernels([*step_events(0), *step_events(100)[:3]], HLO, 2)
+        step_kernels.kernels([*step_events(0), *step_events(100)[2:3]], HLO, 2)
+    with pytest.raises(ValueError, match="1 steps has other_kernel 1 times, not 0"):
+        step_kernels.kernels([*step_events(0), (50, "other_kernel", 1.0)], HLO, 1)
+
+
+def test_kernels_that_run_side_by_side_are_told_apart_by_name() -> None:
+    """A graph's branches: the search of the indexer begins before the projection, or with it."""
+    swapped = [(start, *step_events(0)[i][1:]) for start, i in ((0, 0), (1000, 2), (1500, 1), (5000, 3), (9000, 4))]
+    found = step_kernels.kernels(swapped, HLO, 1)
+    assert {k.kernel: k.us for k in found if k.stage != "rest"} == {
+        "fp8_linear_mosaic_gpu_kernel": 2.0, "row_kernel": 7.0, "gemm_fusion": 5.0,
+    }  # fmt: skip
+    # 1 to 4 us and 1.5 to 3.5 us; then 5 to 9 and 9 to 14, and 0 to 1 before.
+    assert step_kernels.busy_us(swapped, 1) == 1.0 + 3.0 + 4.0 + 5.0
+    stages = step_kernels.stages(step_kernels.Profile(found, 14.0, 13.0), 20.0)
+    assert stages["side by side"] == -2.0 and stages["between kernels"] == 7.0 and sum(stages.values()) == 20.0
+    assert step_kernels.stages(step_kernels.Profile(), 20.0) == {}
+
+
+def test_a_call_without_a_name_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"a Triton call names no kernel: .*call\.2"):
+        step_launches.launches(HLO.replace(PACKED, packed(b"nothing")))
 
 
 def test_a_profile_holds_the_kernels_of_step_programs() -> None:
@@ -216,7 +248,7 @@ def test_the_scopes_of_the_step_name_its_stages(prepared: step.Prepared) -> None
     """Every operation that the step calls lies in a stage, in the compiled text as on a GPU."""
     text = prepared.steps.program.executable.as_text()
     scopes = set(re.findall(r'op_name="([^"]*)"', text))
-    found = {(launch.stage, launch.what) for scope in scopes if (launch := step_kernels._launch(scope, "")).what}
+    found = {(launch.stage, launch.what) for scope in scopes if (launch := step_launches._launch(scope, "")).what}
     assert {stage for stage, _ in found} == {"attention", "indexer", "dense", "router", "experts", "head", "sampling"}
     operations = {choice.operation for choice in prepared.steps.program.choices}
     assert operations <= {name for _, what in found for name in what.split("/")}
@@ -312,7 +344,9 @@ def test_a_profile_of_something_else_leaves_the_time(prepared: step.Prepared, mo
         raise ValueError("0 launches in 4 steps")
 
     monkeypatch.setattr(step_kernels, "profiled", other)
-    assert step.split(prepared.steps, said.append) == ([], 0.0) and said == ["no stages: 0 launches in 4 steps"]
+    assert step.split(prepared.steps, said.append) == step_kernels.Profile() and said == [
+        "no stages: 0 launches in 4 steps"
+    ]
 
 
 def test_only_plans_of_one_model_are_compared() -> None:
