@@ -21,6 +21,7 @@ from bench.records import Ceilings, Record
 from glm52_jax.cache import Rows, make_rows
 from glm52_jax.layers.indexer import select
 from glm52_jax.weights import IndexerWeights
+from glm52_jax.xla_options import step_options
 from pallas_kernels import index_keys, lowering, mqa_logits, paged, registry, top_k
 from pallas_kernels.blocks import random_blocks
 from pallas_kernels.compare import compare
@@ -176,7 +177,7 @@ def repeat(spec: IndexerSpec, way: str, keys: jax.Array, fixed: Fixed, length: i
             token = sum(first, start=token)
         return keys, token
 
-    step = jax.jit(chain, donate_argnums=0)
+    step = jax.jit(chain, donate_argnums=0, compiler_options=step_options(lowering.default_arch()))
     given = (q, w, scores)
     return timing.Repeat(lambda state: step(state, fixed, given), (jnp.copy(keys), jnp.zeros((), jnp.float32)), length)
 

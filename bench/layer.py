@@ -23,6 +23,7 @@ from glm52_jax.config import Config
 from glm52_jax.layers.attention import add_attention
 from glm52_jax.plan import Plan
 from glm52_jax.weights import AttentionWeights, IndexerWeights
+from glm52_jax.xla_options import step_options
 from pallas_kernels import lowering, paged, registry
 from pallas_kernels.blocks import BlockScaled, random_blocks
 from pallas_kernels.compare import compare
@@ -161,13 +162,13 @@ def layers(spec: LayerSpec, state: State, fixed: Fixed, length: int, first: Any 
 
 def repeat(spec: LayerSpec, way: str, state: State, fixed: Fixed, length: int = _CHAIN) -> timing.Repeat:
     """One of ``WAYS`` as something to time. It donates a copy of the state, except op by op, where nothing can be donated."""
-    own = jax.tree.map(jnp.copy, state)
+    own, graph = jax.tree.map(jnp.copy, state), step_options(lowering.default_arch())
     if way == "chain":
-        step = jax.jit(lambda s, f: layers(spec, s, f, length), donate_argnums=0)
+        step = jax.jit(lambda s, f: layers(spec, s, f, length), donate_argnums=0, compiler_options=graph)
         return timing.Repeat(lambda s: step(s, fixed), own, length)
     one: Callable[[State, Fixed, Any], State] = functools.partial(_one, spec)
     if way != "op by op":
-        one = jax.jit(one, donate_argnums=0, compiler_options=_NO_GRAPH if way == "jitted" else None)
+        one = jax.jit(one, donate_argnums=0, compiler_options=_NO_GRAPH if way == "jitted" else graph)
     numbers = [jnp.int32(i) for i in range(spec.layers)]
 
     def through_all(s: State) -> State:

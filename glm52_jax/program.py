@@ -26,6 +26,7 @@ from glm52_jax.decode import NOTHING, DecodeState
 from glm52_jax.plan import Plan
 from glm52_jax.sampling import Sampling, sampling_state
 from glm52_jax.shapes import abstract_state
+from glm52_jax.small_places import small_places
 from glm52_jax.weights import Weights
 from glm52_jax.xla_options import step_options
 from pallas_kernels import lowering, registry
@@ -127,6 +128,8 @@ class DecodeProgram:
         build = _build.__wrapped__ if dump else _build
         built = build(config, plan, *shapes, dump)
         self.executable, self._copy, self._draft, self.choices, self._count = built
+        if isinstance(weights.norm, jax.Array) and next(iter(weights.norm.devices())).platform == "gpu":
+            small_places(weights.norm.sharding)
 
     @property
     def traces(self) -> int:
