@@ -95,31 +95,33 @@ class Steps(timing.Repeat):
         self._state = state
 
     def run(self, steps: int) -> float:
-        state = self._begin(steps)
+        """Seconds of so many steps, in proportion where the last call has more of them."""
+        calls = -(-steps // self.spec.burst)
+        state = self._begin(calls * self.spec.burst)
         start = time.perf_counter()
-        for _ in range(steps):
+        for _ in range(calls):
             state = self.program.step(state)
         jax.block_until_ready(state.arrays.tokens)
         elapsed = time.perf_counter() - start
         self._state = state
-        return elapsed
+        return elapsed * steps / (calls * self.spec.burst)
 
     def warm_up(self, round_seconds: float = 0.1) -> None:
         super().warm_up(round_seconds)
         self.in_flight = min(QUEUED, self.spec.room)
 
     def paced(self, steps: int) -> tuple[list[float], list[float]]:
-        """Microseconds between arrivals of tokens, and of queueing a step, while the host reads ``LAG`` steps late."""
-        state = self._begin(steps)
+        """Microseconds between arrivals of tokens, and of queueing a step, of a step each, while the host reads ``LAG`` calls late."""
+        state, burst = self._begin(steps), self.spec.burst
         arrivals, queueing, waiting = [], [], deque[jax.Array]()
-        for _ in range(steps):
+        for _ in range(steps // burst):
             start = time.perf_counter()
             state = self.program.step(state)
             waiting.append(self.program.copied(state))
-            queueing.append((time.perf_counter() - start) * 1e6)
+            queueing.append((time.perf_counter() - start) * 1e6 / burst)
             if len(waiting) > LAG:
                 np.asarray(waiting.popleft())
-                arrivals.append(time.perf_counter() * 1e6)
+                arrivals.append(time.perf_counter() * 1e6 / burst)
         jax.block_until_ready(state.arrays.tokens)
         self._state = state
         # The first arrivals wait for a queue that is still filling.
@@ -167,7 +169,7 @@ class Prepared:
 def prepare(spec: StepSpec, weights: Weights, dump: Any = None) -> Prepared:
     """Compiles a spec's program and fills its caches."""
     start = time.perf_counter()
-    program = DecodeProgram(weights, spec.config, spec.plan, spec.rows, spec.pages, dump=dump)
+    program = DecodeProgram(weights, spec.config, spec.plan, spec.rows, spec.pages, dump=dump, burst=spec.burst)
     compile_s = time.perf_counter() - start
     return Prepared(spec, Steps(spec, program, make_state(program, spec.context)), compile_s)
 
@@ -201,7 +203,7 @@ def result(
 def audited(prepared: Prepared, steps: int = 64) -> str:
     """What the audit says of a program, which goes on from where it stopped."""
     spec, runs = prepared.spec, prepared.steps
-    found, runs.state = audit.audit(runs.program, runs.state, min(steps, spec.room))
+    found, runs.state = audit.audit(runs.program, runs.state, min(steps, spec.room // spec.burst))
     return str(found)
 
 

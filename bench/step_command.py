@@ -25,6 +25,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--rank", action="store_true", help="one of those devices' work, alone on one GPU; its exchanges are local"
     )
     command.add_argument("--linear", default="w8a16", choices=("w8a16", "w8a8"), help="default %(default)s")
+    command.add_argument("--burst", type=int, default=1, help="steps of a call of the program (default %(default)s)")
     command.add_argument("--against", choices=("w8a16", "w8a8"), help="time this arithmetic too, interleaved")
     command.add_argument("--stages", action="store_true", help="split the step's time by stage and kernel")
     command.add_argument("--audit", action="store_true", help="see whether the step is one graph that is only replayed")
@@ -62,6 +63,7 @@ def specs(options: argparse.Namespace) -> tuple[StepSpec, list[int], list[int]]:
     """The first spec, and the batches and contexts to sweep; ValueError for what does not fit together."""
     rows, contexts = ([int(n) for n in text.split(",")] for text in (options.rows, options.contexts))
     shared = {"mode": options.parallel, "devices": options.devices, "rank": options.rank}
+    shared["burst"] = getattr(options, "burst", 1)
     return StepSpec(glm52(options.layers), rows[0], contexts[0], linear=options.linear, **shared), rows, contexts
 
 

@@ -55,7 +55,7 @@ class StepSpec:
     config: the whole model's. rows: sequences. context: tokens that each has cached when a round begins, with room for ``room``.
     mode: how ``devices`` share the model, None for one. rank: one of these devices' work, alone on one GPU: its slices of every
     weight, and exchanges with itself, which XLA makes copies or nothing. linear: arithmetic. mesh: instead of the devices that JAX
-    sees.
+    sees. burst: steps of a call of the program.
     """
 
     config: Config
@@ -68,6 +68,7 @@ class StepSpec:
     linear: str = "w8a16"
     dtype: str = "bfloat16"
     mesh: Mesh | None = None
+    burst: int = 1
 
     def __post_init__(self) -> None:
         if (self.mode is None) != (self.devices == 1) or (self.rank and self.mode is None):
@@ -79,7 +80,8 @@ class StepSpec:
     def name(self) -> str:
         """What is run, without batch and context: "78 layers, one rank of tp8, w8a16"."""
         shared = f", {'one rank of ' if self.rank else ''}{self.mode}{self.devices}" if self.mode else ""
-        return f"{self.config.num_hidden_layers} layers{shared}, {self.linear}"
+        bursts = f", {self.burst} steps a call" if self.burst > 1 else ""
+        return f"{self.config.num_hidden_layers} layers{shared}, {self.linear}{bursts}"
 
     @property
     def pages(self) -> int:

@@ -49,6 +49,11 @@ class Graph:
         """Whether exactly one command buffer holds everything."""
         return self.buffers == 1 and not self.outside
 
+    @property
+    def looped(self) -> bool:
+        """Whether exactly one command buffer is in the only loop; what counts its rounds stands beside it."""
+        return self.buffers == 1 and self.outside["kWhile"] == 1
+
     def __str__(self) -> str:
         return (
             f"{self.buffers} command buffers with {self.inside.total()} thunks {dict(self.inside)}, "
@@ -148,7 +153,7 @@ class Audit:
 
     moved, not_donated, differing: leaves of the state whose address changed, whose buffer the step does not take over, and whose
     bits differed between calls. splitting: operations of the program that would split a CUDA graph, which matters on GPUs only.
-    graph: None where no dump was asked for or written.
+    graph: None where no dump was asked for or written. burst: steps of a call; several are a loop around the graph.
     """
 
     steps: int
@@ -159,10 +164,11 @@ class Audit:
     differing: tuple[str, ...]
     splitting: Counter[str]
     graph: Graph | None
+    burst: int = 1
 
     @property
     def ok(self) -> bool:
-        whole = self.graph is None or self.graph.whole
+        whole = self.graph is None or (self.graph.whole if self.burst == 1 else self.graph.looped)
         split = self.on_gpu and bool(self.splitting)
         return whole and not split and self.traces == 1 and not (self.moved or self.not_donated or self.differing)
 
@@ -205,8 +211,9 @@ def audit(program: DecodeProgram, state: State, steps: int = 64, replays: int = 
         moved=tuple(name for name in names if name in moved),
         not_donated=tuple(name for i, name in enumerate(names) if i not in given),
         differing=differing,
-        splitting=not_graphable(hlo),
+        splitting=not_graphable(hlo) - Counter({"while": int(program.burst > 1)}),
         graph=graph_of(text) if text else None,
+        burst=program.burst,
     )
     return found, state
 

@@ -41,6 +41,7 @@ class DecodeState:
     drawn int32 [rows]: what the last step added to each sequence, in order: tokens, then NOTHING. A value below NOTHING stands for
       logits that are not finite, which ends the sequence: its position is -1 from there on.
     logits float32 [rows, vocab] of the last step, or None where nobody asked for them.
+    history int32 [burst, rows]: ``drawn`` of each step of the last call, where a call takes several, else None.
     """
 
     tokens: jax.Array
@@ -50,6 +51,7 @@ class DecodeState:
     sampling: SamplingState
     drawn: jax.Array
     logits: jax.Array | None = None
+    history: jax.Array | None = None
 
 
 @partial(jax.jit, static_argnames=("config", "plan", "taps"), donate_argnames="cache")
@@ -186,7 +188,7 @@ def first_tokens(
 
 @partial(jax.jit, static_argnames=("config", "plan"), donate_argnames="state")
 def decode_step(weights: Weights, state: DecodeState, config: Config, plan: Plan) -> DecodeState:
-    """Feeds each sequence's rows and draws after each of them.
+    """Feeds each sequence's rows and draws after each of them; as often as ``history`` has places, in a loop of the program.
 
     A drawn token counts where every draft before it is what the model drew, so a step adds one token to a sequence and one more for
     each right draft. Keys of wrong drafts lie behind the sequence's new position, where nothing sees them and the next step
@@ -194,7 +196,7 @@ def decode_step(weights: Weights, state: DecodeState, config: Config, plan: Plan
     """
     width = state.tokens.shape[0] // state.positions.shape[0]
 
-    def run(weights: Weights, state: DecodeState) -> DecodeState:
+    def one(weights: Weights, state: DecodeState) -> DecodeState:
         live = state.positions >= 0
         rows = make_rows(config, state.table, jnp.maximum(state.positions, 0), jnp.where(live, width, 0), width)
         fed = parallel.own_rows(state.tokens, live.shape[0] * width, plan).reshape(-1, width)
@@ -207,9 +209,20 @@ def decode_step(weights: Weights, state: DecodeState, config: Config, plan: Plan
         drawn = parallel.all_tokens(drawn.reshape(-1), plan)
         tokens = _newest(state.tokens, drawn, width)
         drawn, kept = _in_place((state.drawn, state.logits), (drawn, None if state.logits is None else found))
-        return DecodeState(tokens, positions, state.table, cache, state.sampling, drawn, kept)
+        return DecodeState(tokens, positions, state.table, cache, state.sampling, drawn, kept, state.history)
 
-    specs = state_specs(plan, logits=state.logits is not None)
+    def run(weights: Weights, state: DecodeState) -> DecodeState:
+        if state.history is None:
+            return one(weights, state)
+
+        def again(carry: tuple[DecodeState, jax.Array]) -> tuple[DecodeState, jax.Array]:
+            after, number = one(weights, carry[0]), carry[1]
+            assert after.history is not None
+            return after.replace(history=after.history.at[number].set(after.drawn)), number + 1  # type: ignore[attr-defined]
+
+        return parallel.repeated(again, (state, jnp.int32(0)), state.history.shape[0])[0]
+
+    specs = state_specs(plan, logits=state.logits is not None, burst=state.history is not None)
     return parallel.spread(run, plan.parallel, (_weight_specs(weights, config, plan), specs), specs)(weights, state)
 
 
@@ -254,12 +267,13 @@ def _repeated(values: jax.Array, width: int) -> jax.Array:
     return jnp.broadcast_to(values[:, None], (values.shape[0], width)).reshape(-1)
 
 
-def state_specs(plan: Plan, logits: bool = False) -> DecodeState:
-    """PartitionSpecs of a DecodeState; logits: whether it keeps them."""
+def state_specs(plan: Plan, logits: bool = False, burst: bool = False) -> DecodeState:
+    """PartitionSpecs of a DecodeState; logits, burst: whether it keeps logits, and what several steps drew."""
     batch: Any = parallel.batch_spec(plan)
     whole: Any = PartitionSpec()
     cache: Any = parallel.cache_spec(plan)
-    return DecodeState(whole, batch, batch, cache, batch, whole, batch if logits else None)
+    kept: Any = batch if logits else None
+    return DecodeState(whole, batch, batch, cache, batch, whole, kept, whole if burst else None)
 
 
 def _weight_specs(weights: Weights, config: Config, plan: Plan) -> Weights | None:

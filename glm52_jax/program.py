@@ -97,6 +97,8 @@ class DecodeProgram:
       dump: a folder for XLA's dump of this executable, for ``audit``.
       width: query rows of each sequence: its newest token and ``width - 1`` drafts, which ``with_drafts`` sets before each step.
       logits: whether the state keeps the logits of every row, ``state.arrays.logits``.
+      burst: steps of one call of ``step``, in a loop of the program, so that the host queues all of them at the price of one. The
+        host sees their tokens together, and the last call goes on past what is asked of it: its steps need room too.
 
     The step is traced and compiled once, here; programs of the same shapes share the executable. ``choices`` are the backends that
     it took, in the order of the calls.
@@ -113,21 +115,24 @@ class DecodeProgram:
         dump: Path | None = None,
         width: int = 1,
         logits: bool = False,
+        burst: int = 1,
     ) -> None:
-        if rows < 1 or pages < 1 or width < 1 or rows != parallel.sequences(rows, plan):
+        if min(rows, pages, width, burst) < 1 or rows != parallel.sequences(rows, plan):
             raise ValueError(
-                f"{rows=}, {pages=} and {width=} must be positive, and rows divide over the devices of {plan}"
+                f"{rows=}, {pages=}, {width=} and {burst=} must be positive, and rows divide over the devices of {plan}"
             )
+        if width > 1 and burst > 1:
+            raise ValueError(f"{width=} has drafts, which are set between steps: {burst=} must be 1")
         self.config, self.plan, self.rows, self.pages, self.pool = config, plan, rows, pages, pool or rows * pages
-        self.weights, self.dump, self.width = weights, dump, width
+        self.weights, self.dump, self.width, self.burst = weights, dump, width, burst
         self.State = type(f"StateOf{rows}Rows", (State,), {"__slots__": ()})
-        self.avals = abstract_state(config, plan, rows, pages, self.pool, width, logits)
+        self.avals = abstract_state(config, plan, rows, pages, self.pool, width, logits, burst)
         leaves, structure = jax.tree.flatten(weights)
         state, sizes = jax.tree.flatten(self.avals)
         shapes = (tuple(map(_aval, leaves)), structure, tuple(map(_aval, state)), sizes, lowering.default_arch())
         build = _build.__wrapped__ if dump else _build
         built = build(config, plan, *shapes, dump)
-        self.executable, self._copy, self._draft, self.choices, self._count = built
+        self.executable, self._copies, self._draft, self.choices, self._count = built
         if isinstance(weights.norm, jax.Array) and next(iter(weights.norm.devices())).platform == "gpu":
             small_places(weights.norm.sharding)
 
@@ -139,10 +144,15 @@ class DecodeProgram:
     def adopt(self, arrays: DecodeState) -> State:
         """Makes a state of arrays, which are the program's from here on; ValueError names those that do not fit.
 
-        Where the program keeps logits and the arrays hold none, they begin as zeros.
+        Where the program keeps logits or several steps' tokens and the arrays hold none, they begin as zeros.
         """
-        if arrays.logits is None:
-            arrays = arrays.replace(logits=self._no_logits())  # type: ignore[attr-defined]
+        new = {
+            "logits": self._zeros(self.avals.logits, parallel.batch_spec(self.plan))
+            if arrays.logits is None
+            else arrays.logits,
+            "history": self._zeros(self.avals.history, PartitionSpec()) if arrays.history is None else arrays.history,
+        }
+        arrays = arrays.replace(**new)  # type: ignore[attr-defined]
         wrong = [
             f"{jax.tree_util.keystr(path, simple=True, separator='.')} is {array.dtype}{list(array.shape)}, "
             f"not {aval.dtype}{list(aval.shape)}"
@@ -173,11 +183,8 @@ class DecodeProgram:
         cache = parallel.new_cache(self.config, plan, self.pool)
         return self.adopt(DecodeState(tokens, where, table, cache, draws, drawn))
 
-    def _no_logits(self) -> jax.Array | None:
-        aval = self.avals.logits
-        if aval is None:
-            return None
-        return parallel.place(jnp.zeros(aval.shape, aval.dtype), self.plan, parallel.batch_spec(self.plan))
+    def _zeros(self, aval: Any, where: PartitionSpec) -> jax.Array | None:
+        return None if aval is None else parallel.place(jnp.zeros(aval.shape, aval.dtype), self.plan, where)
 
     def release(self, state: State) -> DecodeState:
         """The arrays of a state, which is used up: for changing them in place, and adopting them again."""
@@ -192,7 +199,7 @@ class DecodeProgram:
             )
 
     def step(self, state: State) -> State:
-        """Feeds the tokens of each sequence and draws the next, without waiting; ``state`` is used up."""
+        """Feeds the tokens of each sequence and draws the next, ``burst`` times, without waiting; ``state`` is used up."""
         self._check(state)
         return self.State._made(self.executable(self.weights, state._taken()))
 
@@ -212,23 +219,32 @@ class DecodeProgram:
     def tokens(self, state: State, steps: int, lag: int = 2) -> Iterator[np.ndarray]:
         """What the state and each of ``steps`` further steps drew, int32 [rows x width] as ``DecodeState.drawn`` holds it.
 
-        lag: while the host reads a step's tokens, so many later ones are queued already. The device runs ahead by no more than
+        lag: while the host reads a call's tokens, so many later calls are queued already. The device runs ahead by no more than
         that: closing the iterator stops it.
         """
-        waiting = deque([self.copied(state)])
-        for _ in range(steps):
+        waiting, left = deque([self._sent(state.arrays.drawn)]), steps + 1
+        for _ in range(-(-steps // self.burst)):
             state = self.step(state)
             waiting.append(self.copied(state))
             if len(waiting) > lag:
-                yield np.asarray(waiting.popleft())
+                read = np.asarray(waiting.popleft()).reshape(-1, self.rows * self.width)
+                left -= len(read)
+                yield from read
         while waiting:
-            yield np.asarray(waiting.popleft())
+            read = np.asarray(waiting.popleft()).reshape(-1, self.rows * self.width)[:left]
+            left -= len(read)
+            yield from read
 
     def copied(self, state: State) -> jax.Array:
-        """What the state drew as an array that outlives its next step, on its way to the host."""
-        drawn = self._copy(state.arrays.drawn)
-        drawn.copy_to_host_async()
-        return drawn
+        """What the state drew as an array that outlives its next step, on its way to the host: int32 [rows x width], and with a
+        ``burst`` [burst, rows]."""
+        arrays = state.arrays
+        return self._sent(arrays.drawn if arrays.history is None else arrays.history)
+
+    def _sent(self, drawn: jax.Array) -> jax.Array:
+        copy = self._copies[drawn.ndim](drawn)
+        copy.copy_to_host_async()
+        return copy
 
 
 @functools.lru_cache(maxsize=64)
@@ -242,8 +258,8 @@ def _build(
     arch: Arch | None,
     dump: Path | None,
 ) -> tuple[Any, Any, Any, tuple[Choice, ...], list[int]]:
-    """(step, copy of what it drew, drafts into tokens, choices, [traces]), compiled; kept without weights, so that they can be let
-    go. arch: the GPU it is for, None for a CPU."""
+    """(step, copies of what it drew by dimensions, drafts into tokens, choices, [traces]), compiled; kept without weights, so that
+    they can be let go. arch: the GPU it is for, None for a CPU."""
     count = [0]
 
     def traced(weights: Weights, state: DecodeState) -> DecodeState:
@@ -256,8 +272,9 @@ def _build(
     step = lowered.compile(compiler_options=step_options(arch, dump))
     # The state is donated to the next step, so what the host reads is a copy, made outside of the step's graph: an output of the
     # step itself would alternate addresses, and XLA would update the graph in every step.
-    copy = jax.jit(jnp.copy).lower(given.drawn).compile()
-    return step, copy, _drafts(given), tuple(found), count
+    kept = (given.drawn, given.history)
+    copies = {array.ndim: jax.jit(jnp.copy).lower(array).compile() for array in kept if array is not None}
+    return step, copies, _drafts(given), tuple(found), count
 
 
 def _drafts(state: DecodeState) -> Any:

@@ -27,11 +27,11 @@ _NEVER_FP8 = ("head", "mtp.eh_proj")
 
 
 def abstract_state(
-    config: Config, plan: Plan, rows: int, pages: int, pool: int, width: int = 1, logits: bool = False
+    config: Config, plan: Plan, rows: int, pages: int, pool: int, width: int = 1, logits: bool = False, burst: int = 1
 ) -> DecodeState:
     """A DecodeState of shapes, with shardings where the plan has several devices.
 
-    rows: sequences. width: query rows of each. logits: whether it keeps them.
+    rows: sequences. width: query rows of each. logits: whether it keeps them. burst: steps of a call.
     """
 
     def make() -> DecodeState:
@@ -39,7 +39,8 @@ def abstract_state(
         table = jnp.zeros((rows, pages), jnp.int32)
         kept = jnp.zeros((rows * width, config.vocab_size), jnp.float32) if logits else None
         draws = sampling_state(Sampling(), rows)
-        return DecodeState(every, each, table, make_cache(config, plan, pool), draws, every, kept)
+        history = jnp.zeros((burst, rows * width), jnp.int32) if burst > 1 else None
+        return DecodeState(every, each, table, make_cache(config, plan, pool), draws, every, kept, history)
 
     shapes = jax.eval_shape(make)
     share = plan.parallel
@@ -50,7 +51,7 @@ def abstract_state(
         sharding = NamedSharding(share.mesh, spec)
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), part)
 
-    specs = decode.state_specs(plan, logits)
+    specs = decode.state_specs(plan, logits, burst > 1)
     return jax.tree.map(placed, specs, shapes, is_leaf=lambda node: isinstance(node, PartitionSpec))
 
 

@@ -79,7 +79,8 @@ class Slots:
         fed, positions, drawn, draws = self._begin(
             program.weights, kept, last, np.int32(row), np.int32(len(tokens)), how
         )
-        return program.adopt(DecodeState(fed, positions, arrays.table, cache, draws, drawn, arrays.logits))
+        kept = (arrays.logits, arrays.history)
+        return program.adopt(DecodeState(fed, positions, arrays.table, cache, draws, drawn, *kept))
 
     def stop(self, state: State, rows: Sequence[int]) -> State:
         """The state without the sequences in these rows; ``state`` is used up."""

@@ -383,3 +383,14 @@ def test_the_command_times_records_and_draws(tmp_path: Path, monkeypatch: pytest
         and compiled.startswith("batch 2, context 64: compiled")
         and timed == step.line(figure)
     )
+
+
+def test_steps_of_a_burst_are_timed_each() -> None:
+    spec = dataclasses.replace(SPEC, burst=4, room=32)
+    assert spec.name.endswith(", 4 steps a call")
+    prepared = step.prepare(spec, make_weights(spec.shapes()))
+    steps = prepared.steps
+    assert steps.run(6) > 0 and np.asarray(steps.state.arrays.positions).tolist() == [72, 72]
+    between, queueing = steps.paced(32)
+    assert len(queueing) == 8 - step.LAG and len(between) == 8 - 2 * step.LAG - 1
+    assert "ok over 8 steps" in step.audited(prepared)

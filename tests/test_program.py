@@ -83,6 +83,27 @@ def test_tokens_are_those_of_single_steps_however_late_they_are_read() -> None:
     assert made.traces == 1
 
 
+def test_a_burst_draws_what_its_steps_draw_one_by_one() -> None:
+    """Also where the last call has steps that nobody asked for, and one after the other on one state."""
+    model, batch = tiny(), prompts(2)
+    want = stepped(batch, 21)
+    made = DecodeProgram(model.weights, model.config, model.plan, 2, PAGES, burst=4)
+    for steps, lag in ((20, 2), (21, 0), (3, 1), (0, 2)):
+        read = [tokens.tolist() for tokens in made.tokens(prefilled(made, batch), steps, lag)]
+        assert read == want[: steps + 1], (steps, lag)
+    state = made.step(made.step(prefilled(made, batch)))
+    assert np.asarray(made.copied(state)).tolist() == want[5:9] and state.arrays.drawn.tolist() == want[8]
+    assert made.traces == 1
+    found, _ = audit.audit(made, prefilled(made, batch), steps=4)
+    assert found.ok and found.burst == 4 and not found.moved and not found.not_donated
+
+
+def test_a_burst_has_no_place_for_drafts() -> None:
+    model = tiny()
+    with pytest.raises(ValueError, match="width=2 has drafts, which are set between steps: burst=3 must be 1"):
+        DecodeProgram(model.weights, model.config, model.plan, 2, PAGES, width=2, burst=3)
+
+
 def test_the_device_runs_ahead_by_the_lag_and_stops_when_the_reader_does(monkeypatch: pytest.MonkeyPatch) -> None:
     made, steps = decoder(2), []
     real = DecodeProgram.step
