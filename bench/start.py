@@ -121,9 +121,9 @@ def started(options: argparse.Namespace, began: float) -> dict[str, Any]:
 
     from bench.step_model import StepSpec, glm52, make_weights
     from glm52_jax import Sampling
+    from glm52_jax.buckets import programs
     from glm52_jax.config import Config
     from glm52_jax.generate import Model
-    from glm52_jax.program import programs
     from glm52_jax.tiny import tiny_config
     from pallas_kernels.lowering import default_arch
 

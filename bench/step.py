@@ -111,7 +111,7 @@ class Steps(timing.Repeat):
         self.in_flight = min(QUEUED, self.spec.room)
 
     def paced(self, steps: int) -> tuple[list[float], list[float]]:
-        """Microseconds between arrivals of tokens, and of queueing a step, of a step each, while the host reads ``LAG`` calls late."""
+        """Microseconds a step between arrivals of tokens, and of queueing it, while the host reads ``LAG`` calls late."""
         state, burst = self._begin(steps), self.spec.burst
         arrivals, queueing, waiting = [], [], deque[jax.Array]()
         for _ in range(steps // burst):

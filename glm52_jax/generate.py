@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from glm52_jax import decode, exchange
 from glm52_jax import parallel as several
+from glm52_jax.buckets import BUCKETS, bucket
 from glm52_jax.cache import Cache
 from glm52_jax.checkpoint import Checkpoint
 from glm52_jax.config import Config
@@ -23,7 +24,7 @@ from glm52_jax.loader import Progress, Storage, load_weights
 from glm52_jax.model import Taps
 from glm52_jax.plan import Plan
 from glm52_jax.prefill import pages_of, power_of_two, prefill, table_of
-from glm52_jax.program import BUCKETS, DecodeProgram, bucket, fault
+from glm52_jax.program import DecodeProgram, fault
 from glm52_jax.sampling import Sampling
 from glm52_jax.weights import Weights
 from pallas_kernels.blocks import BlockScaled
@@ -169,7 +170,7 @@ class Model:
           PeerMissingError: (several GPUs) a device waited for another one in vain; the sequences have to begin again.
 
         On a GPU the step of the smallest bucket that holds the batch is compiled before anything runs, and kept: later calls with
-        prompts of similar lengths reuse it. ``glm52_jax.program.programs`` compiles all buckets ahead.
+        prompts of similar lengths reuse it. ``glm52_jax.buckets.programs`` compiles all buckets ahead.
         """
         batch = _as_batch(prompts, self.config.vocab_size)
         stops = frozenset(self.config.eos_token_ids if stop_ids is None else stop_ids)

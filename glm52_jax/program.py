@@ -6,12 +6,10 @@ recorded again, another bucket, plan or cache size, is then a TypeError and not 
 
 from __future__ import annotations
 
-import contextvars
 import functools
 import inspect
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -34,17 +32,7 @@ from pallas_kernels.arch import Arch
 from pallas_kernels.registry import Choice
 from pallas_kernels.sample_logits import HAS_INF, HAS_NAN
 
-# Rows of a step that programs are compiled for: sequences x query rows of each.
-BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 _FAULTS = {HAS_NAN: "NaN", HAS_INF: "infinity"}
-
-
-def bucket(rows: int) -> int:
-    """The smallest of ``BUCKETS`` that holds ``rows``; ValueError for more than the largest."""
-    for size in BUCKETS:
-        if 1 <= rows <= size:
-            return size
-    raise ValueError(f"{rows=} must lie in 1..{BUCKETS[-1]}, the rows that decode programs are compiled for")
 
 
 def fault(drawn: int) -> str:
@@ -92,7 +80,7 @@ class DecodeProgram:
 
     Args:
       weights: the model's; never donated. config, plan: what the step is traced with.
-      rows: sequences of the batch; any number, ``BUCKETS`` are those that ``generate`` uses (of sequences x query rows).
+      rows: sequences of the batch; any number, ``buckets.BUCKETS`` are those that ``generate`` uses (of sequences x query rows).
       pages: pages of 64 tokens in each sequence's block table. pool: pages of the cache, rows * pages unless given.
       dump: a folder for XLA's dump of this executable, for ``audit``.
       width: query rows of each sequence: its newest token and ``width - 1`` drafts, which ``with_drafts`` sets before each step.
@@ -289,20 +277,6 @@ def _drafts(state: DecodeState) -> Any:
     where = state.tokens.sharding
     drafts = jax.ShapeDtypeStruct((batch, width - 1), jnp.int32, sharding=where)
     return jax.jit(run, donate_argnums=0, out_shardings=where).lower(state.tokens, drafts).compile()
-
-
-def programs(
-    weights: Weights, config: Config, plan: Plan, pages: int, buckets: Sequence[int] = BUCKETS, jobs: int = 8
-) -> dict[int, DecodeProgram]:
-    """A program for each bucket, ``jobs`` of them being compiled at a time.
-
-    All are made before any runs: loading an executable evicts the recorded graphs of those before it.
-    """
-    with ThreadPoolExecutor(jobs) as pool:
-        make = functools.partial(DecodeProgram, weights, config, plan, pages=pages)
-        # Each in a copy of this context: ``lowering.target`` lives in it.
-        made = [pool.submit(contextvars.copy_context().run, make, rows=rows) for rows in buckets]
-        return {rows: future.result() for rows, future in zip(buckets, made, strict=True)}
 
 
 def _aval(array: Any) -> jax.ShapeDtypeStruct:

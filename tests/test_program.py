@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import glm52_jax
-from glm52_jax import Sampling, audit, decode, generate, program
+from glm52_jax import Sampling, audit, buckets, decode, generate, program
 from glm52_jax.decode import NOTHING, DecodeState
 from glm52_jax.prefill import prefill
 from glm52_jax.program import DecodeProgram, State
@@ -68,10 +68,10 @@ def stepped(batch: list[list[int]], steps: int) -> list[list[int]]:
 
 
 def test_buckets() -> None:
-    assert [program.bucket(rows) for rows in (1, 2, 3, 8, 9, 64)] == [1, 2, 4, 8, 16, 64]
+    assert [buckets.bucket(rows) for rows in (1, 2, 3, 8, 9, 64)] == [1, 2, 4, 8, 16, 64]
     for rows in (0, 65):
         with pytest.raises(ValueError, match=f"rows={rows}"):
-            program.bucket(rows)
+            buckets.bucket(rows)
 
 
 def test_tokens_are_those_of_single_steps_however_late_they_are_read() -> None:
@@ -206,7 +206,7 @@ def test_the_plan_is_recorded_while_it_is_traced() -> None:
 
 def test_programs_of_several_buckets() -> None:
     model = tiny()
-    made = program.programs(model.weights, model.config, model.plan, PAGES, buckets=(1, 8), jobs=2)
+    made = buckets.programs(model.weights, model.config, model.plan, PAGES, buckets=(1, 8), jobs=2)
     assert {rows: (one.rows, one.pool, one.traces) for rows, one in made.items()} == {1: (1, 2, 1), 8: (8, 16, 1)}
     one, eight = (np.array(list(made[rows].tokens(made[rows].fresh(GREEDY), 6))) for rows in (1, 8))
     assert np.array_equal(eight, np.tile(one, 8)) and len(set(one[:, 0].tolist())) > 1
