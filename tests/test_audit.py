@@ -43,6 +43,20 @@ GRAPH = """\
     002: kCustomCall   [prev=001 (1)  | next=003 (1)] kCustomCall
     003: kCustomCall   [prev=002 (1)  | sink        ] kCustomCall
 """
+# A burst: the graph in a loop, and what counts its rounds.
+LOOP = """\
+001: kCopy         [source       | next=003 (1)] kCopy
+003: kWhile        [prev=001 (1) | sink        ]  \
+
+condition:
+    004: kCustomKernel [source | sink] loop_compare_fusion grid: [1, 1, 1] threads: [1, 1, 1]
+  body:
+    000: kCommandBuffer [source | sink]\
+
+        005: kCustomKernel [source        | next=006 (1)] loop_dynamic_slice_fusion grid: [48, 1, 1]
+        006: kCustomCall   [prev=005 (1)  | sink        ] kCustomCall
+    090: kCopy [source | sink] kCopy
+"""
 # 2024's form has no numbers.
 OLD = "kCommandBuffer\t\n    kKernel\tx\nkCopy         \t\n"
 LOG = """\
@@ -62,6 +76,15 @@ def test_a_whole_graph() -> None:
     assert graph.whole and graph.buffers == 1 and not graph.outside
     assert graph.inside == {"kCustomCall": 1, "kKernel": 2, "kGemm": 1, "kConditional": 1}
     assert "1 command buffers with 5 thunks" in str(graph)
+
+
+def test_a_graph_in_a_loop() -> None:
+    graph = audit.graph_of(LOOP)
+    assert graph.looped and not graph.whole and graph.inside == {"kCustomKernel": 1, "kCustomCall": 1}
+    assert graph.outside == {"kCopy": 2, "kWhile": 1, "kCustomKernel": 1}
+    assert not audit.graph_of(WHOLE).looped and not audit.graph_of(SPLIT).looped
+    two = audit.graph_of(LOOP + GRAPH)
+    assert two.buffers == 2 and not two.looped
 
 
 def test_a_split_graph_names_what_splits_it() -> None:

@@ -81,6 +81,17 @@ def test_one_graph_whose_replays_equal_the_first_call(model: glm52_jax.Model, tm
     print(found)
 
 
+def test_a_burst_is_one_graph_in_a_loop_and_draws_what_steps_draw(model: glm52_jax.Model, tmp_path: Path) -> None:
+    single, first = made(model, 2), {0: 5, 1: 9}
+    burst = DecodeProgram(model.weights, model.config, model.plan, 2, PAGES, dump=tmp_path, burst=4)
+    want, _ = run(single, begun(single, first, 0))
+    read = np.stack(list(burst.tokens(begun(burst, first, 0), STEPS)))
+    assert (read[1:] == want).all()
+    found, _ = audit.audit(burst, begun(burst, first, 0), steps=64 // burst.burst)
+    assert found.ok and found.graph is not None and found.graph.looped and not found.graph.whole, str(found)
+    print(found)
+
+
 def test_rows_without_sequences_are_not_seen(model: glm52_jax.Model) -> None:
     """NaN or zeros in the caches of the other rows: the same bits in the rows that count."""
     program, rows = made(model, 8), list(REAL)
