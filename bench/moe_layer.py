@@ -133,13 +133,14 @@ def make_state(spec: StepSpec) -> tuple[Any, Any]:
     return (parallel.place(x, plan, batch), latent), parallel.place((table, selection), plan, batch)
 
 
-type Carry = tuple[jax.Array, jax.Array, jax.Array]
+type Carry = tuple[jax.Array, jax.Array]
 
 
 def layers(spec: StepSpec, weights: Any, fixed: Any, carry: Carry) -> Carry:
-    """All layers on one device; carry: residual stream, latents, the router's mailbox."""
-    (table, selection), (x, latent, mailbox) = fixed, carry
+    """All layers on one device; carry: residual stream, latents."""
+    (table, selection), (x, latent) = fixed, carry
     plan, config = spec.plan, spec.config
+    mailbox = model.new_mailbox(weights, x.shape[0], config, plan)
     last = jnp.full((x.shape[0],), spec.context - 1, jnp.int32)
     rows = make_rows(config, table, last, jnp.ones_like(last), 1)
     cache, delta = Cache(latent, jnp.zeros((0,), jnp.uint8)), None
@@ -147,25 +148,27 @@ def layers(spec: StepSpec, weights: Any, fixed: Any, carry: Carry) -> Carry:
         given = (weights.attention, layer, _NO_INDEXER, None, x, delta, cache, rows, selection, config, plan)
         x, out, cache, _ = add_attention(*given)
         x, delta, _, mailbox = model.add_mlp(weights, layer, x, out, mailbox, config, plan)
-    return (x if delta is None else x + delta), cache.latent, mailbox
+    return (x if delta is None else x + delta), cache.latent
 
 
 def experts(spec: StepSpec, weights: Any, carry: Carry, exchanged: bool) -> Carry:
     """The experts of all layers on one device, with the exchanges around them or without: then it meets all rows from the start."""
-    x, latent, mailbox = carry
+    x, latent = carry
     share = spec.plan.parallel
     assert share is not None
+    mailbox = model.new_mailbox(weights, x.shape[0], spec.config, spec.plan)
     given = jnp.tile(x, (share.devices, 1)) if share.own_sequences and not exchanged else x
     for layer in range(CALLS):
 
         def run(rows: jax.Array, layer: int = layer) -> tuple[jax.Array, jax.Array]:
             nonlocal mailbox
+            assert mailbox is not None
             out, chosen, mailbox = mixed(weights.moe, layer, rows, mailbox, spec.config, spec.plan)
             return out, chosen
 
         out, _ = model.mlp_sum(run, given, spec.plan) if exchanged else run(given)
         given = given + out
-    return given[: x.shape[0]], latent, mailbox
+    return given[: x.shape[0]], latent
 
 
 def part_of(spec: StepSpec, part: str, replays: int, loop: bool) -> Callable[[Any, Any], Any]:
@@ -178,7 +181,7 @@ def part_of(spec: StepSpec, part: str, replays: int, loop: bool) -> Callable[[An
                 return layers(spec, weights, fixed, carry)
             return experts(spec, weights, carry, part == AROUND)
 
-        return parallel.repeated(some, (x, latent, model.new_mailbox(x.shape[0], config, plan)), replays, loop)[:2]
+        return parallel.repeated(some, (x, latent), replays, loop)
 
     batch, pages = parallel.batch_spec(plan), parallel.cache_spec(plan)
     inputs = (parallel.weight_specs(config, False, plan), batch, batch, pages)

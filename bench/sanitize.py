@@ -49,6 +49,8 @@ SMALL: dict[str, dict[str, dict[str, Any]]] = {
         "dense_gate_up_w8a16": {"k": 1024, "ns": (128,)},
         "o_proj_w8a8": {"k": 1024, "ns": (256,), "rows": 256},
         "q_b_w8a16": {"k": 1024, "ns": (256,), "rows": 256},
+        "norm_q_b_tp8_w8a16": {"k": 1024, "ns": (128, 64)},
+        "add_norm_q_a_kv_a_w8a16": {"k": 3072, "ns": (128, 64), "rows": 9},
     },
     "index_keys": {"both_w8a16": {"hidden": 1024, "q_lora_rank": 512, "heads": 16, "pages": 4}},
     "latent_write": {"fp8": {"pages": 4}, "bf16": {"pages": 4}},
@@ -56,10 +58,19 @@ SMALL: dict[str, dict[str, dict[str, Any]]] = {
         "h8_w8a16": {"heads": 2, "q_lora_rank": 512},
         "h8_w8a16_write_fp8": {"heads": 2, "q_lora_rank": 512, "pages": 4},
     },
-    "mla_out": {"h8_w8a16": {"heads": 2, "hidden": 256}},
+    "mla_out": {"h8_w8a16": {"heads": 2, "hidden": 256}, "h8_w8a16_parts": {"heads": 2, "hidden": 256}},
     "mqa_logits": {"decode_2k": {}},
-    "norm_quant": {"add_norm_6144": {}, "add_norm_quantize_6144": {"width": 2048}, "quantize_16384": {"width": 2048}},
-    "sparse_mla": {"h64_k2048_fp8": {"k": 192, "pages": 16}, "h8_k2048_fp8": {"k": 192, "pages": 16}},
+    "norm_quant": {
+        "add_norm_6144": {},
+        "add_norm_split_6144": {"width": 2048},
+        "add_norm_quantize_6144": {"width": 2048},
+        "quantize_16384": {"width": 2048},
+    },
+    "sparse_mla": {
+        "h64_k2048_fp8": {"k": 192, "pages": 16},
+        "h8_k2048_fp8": {"k": 192, "pages": 16},
+        "h16_k2048_fp8": {"k": 192, "pages": 16},
+    },
     "top_k": {"8k": {}},
 }
 ROWS = (1, 5)

@@ -33,7 +33,7 @@ from bench.step_model import StepSpec, make_state, make_weights, rewound
 from glm52_jax import audit
 from glm52_jax.program import DecodeProgram, State
 from glm52_jax.weights import Weights
-from pallas_kernels import experts
+from pallas_kernels import experts, mla_out
 from pallas_kernels.registry import Choice
 
 # Steps that the host is behind when it reads a token.
@@ -145,6 +145,8 @@ def moved_bytes(spec: StepSpec, choices: Sequence[Choice]) -> int:
             continue  # Part of the call around it, or an exchange, which moves next to nothing through memory.
         if isinstance(call, experts.Spec):
             call = dataclasses.replace(call, distinct=max(1, round(spec.experts_hit())))
+        elif isinstance(call, mla_out.Spec):
+            call = dataclasses.replace(call, parts=0)  # What attention passes on in parts need not be in parts.
         total += call.bytes()
     return total
 

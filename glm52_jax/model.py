@@ -17,10 +17,10 @@ from glm52_jax.config import DENSE, FULL, Config
 from glm52_jax.layers.attention import add_attention
 from glm52_jax.layers.indexer import pad_selection
 from glm52_jax.layers.mlp import add_dense_mlp, swiglu_mlp
-from glm52_jax.layers.moe import add_moe, mixed
+from glm52_jax.layers.moe import Mailboxes, add_moe, mixed, new_mailboxes
 from glm52_jax.plan import Plan
 from glm52_jax.weights import Weights
-from pallas_kernels import collectives, fp8_linear, norm_quant, router
+from pallas_kernels import collectives, fp8_linear, norm_quant
 
 # Inspection points: "hidden.<layer>" [batch, width, hidden], "topk.<layer>" [batch, width, index_topk], "experts.<layer>" [.., k].
 type Taps = dict[str, jax.Array]
@@ -46,7 +46,7 @@ def forward(
     # What the block before has yet to add to x: the sum shares a launch with the norm after it.
     delta: jax.Array | None = None
     selection: Selection | None = None
-    mailbox = new_mailbox(x.shape[0], config, plan)
+    mailbox = new_mailbox(weights, x.shape[0], config, plan)
     found: Taps = {}
     for layer in range(config.num_hidden_layers):
         full = config.indexer_types[layer] == FULL
@@ -91,10 +91,10 @@ def add_mlp(
     layer: int,
     x: jax.Array,
     out: jax.Array | None,
-    mailbox: jax.Array,
+    mailbox: Mailboxes | None,
     config: Config,
     plan: Plan,
-) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array | None, Mailboxes | None]:
     """Adds attention's ``out``, of which each device has a summand, to the residual stream and applies the layer's MLP.
 
     mailbox: of ``new_mailbox``. Returns the stream, the MLP's output (summed, not added yet), the chosen experts of a sparse layer,
@@ -110,12 +110,13 @@ def add_mlp(
             x, normed = add_sum(x, out, dense.post_norm, index, eps, plan)
             return x, *mlp_sum(lambda rows: (swiglu_mlp(dense, index, rows, plan), None), normed, plan), mailbox
     sparse, index = weights.moe, config.sparse_layers.index(layer)
-    assert sparse is not None
+    assert sparse is not None and mailbox is not None
     if alone:
         return add_moe(sparse, index, x, out, mailbox, config, plan)
 
     def run(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
         nonlocal mailbox
+        assert mailbox is not None
         out, ids, mailbox = mixed(sparse, index, rows, mailbox, config, plan)
         return out, ids
 
@@ -124,11 +125,11 @@ def add_mlp(
     return x, summed, chosen, mailbox
 
 
-def new_mailbox(rows: int, config: Config, plan: Plan) -> jax.Array:
-    """Zeros in which the programs of the router's launches meet, for a device's ``rows`` rows: made once for all layers."""
+def new_mailbox(weights: Weights, rows: int, config: Config, plan: Plan) -> Mailboxes | None:
+    """Zeros in which the programs of the router's and the experts' launches meet, for a device's ``rows`` rows: once a step."""
     share = plan.parallel
     rows = rows * share.devices if share is not None and share.own_sequences else rows
-    return jnp.zeros((router.mailbox_words(rows, config.hidden_size, config.n_routed_experts),), jnp.int32)
+    return None if weights.moe is None else new_mailboxes(weights.moe, rows, config)
 
 
 def add_sum(

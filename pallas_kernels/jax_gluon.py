@@ -1,9 +1,11 @@
-"""Two corrections of jax-triton 0.4.1 for Gluon kernels; kernels of plain Triton are compiled and launched as before.
+"""Corrections of jax-triton 0.4.1 for Gluon kernels; kernels of plain Triton are compiled and launched as before.
 
 * It compiles Gluon modules with Triton's own passes (coalescing, layout removal), which move tensors to other layouts than
   the kernel states: slower, and here 48 KiB more shared memory than an SM has. Triton compiles them with gluon_to_ttgir.
 * It launches the num_warps that it was asked for, which are those of the default partition: a warp-specialized kernel
   would wait for its workers for ever. The compiled PTX states the number of threads.
+* It knows no clusters of blocks: ``gluon_clusters`` marks a kernel that wants them, and shared memory of its own behind
+  what the compiler allocated.
 """
 
 from __future__ import annotations
@@ -12,6 +14,9 @@ import re
 from typing import Any
 
 from jax_triton import triton_lib
+
+# Stands in a kernel's PTX for where its own shared memory starts.
+BEHIND = "0x7f5a0001"
 
 
 class _GluonStages:
@@ -30,8 +35,23 @@ class _GluonStages:
         return self._backend.gluon_to_ttgir(module, metadata, options, capability)
 
 
+def clustered(ptx: str, shared: int) -> tuple[str, int]:
+    """(PTX, bytes of shared memory) with what the marks in the kernel's inline PTX ask for (``gluon_clusters``)."""
+    blocks = re.search(r"blocks of a cluster: (\d+)", ptx)
+    if blocks:
+        directive = rf"\1.explicitcluster\n.reqnctapercluster {blocks[1]}, 1, 1\n"
+        ptx, found = re.subn(r"(\.reqntid [^\n]*\n)", directive, ptx, count=1)
+        if not found:
+            raise ValueError("the compiled kernel states no number of threads, behind which the cluster's size belongs")
+    own = re.search(r"bytes behind: (\d+)", ptx)
+    if own:
+        start = -(-shared // 16) * 16
+        ptx, shared = ptx.replace(BEHIND, str(start)), start + int(own[1])
+    return ptx, shared
+
+
 class _Library:
-    """jaxlib's Triton bindings, except that a kernel is launched with the threads its PTX requires."""
+    """jaxlib's Triton bindings, except that a kernel is launched with the threads and blocks its PTX requires."""
 
     def __init__(self, real: Any) -> None:
         self._real = real
@@ -42,6 +62,8 @@ class _Library:
     def TritonKernel(self, name: str, num_warps: int, num_ctas: int, shared: int, binary: Any, *rest: Any) -> Any:
         required = re.search(r"\.reqntid (\d+)", binary) if isinstance(binary, str) else None
         warps = int(required[1]) // 32 if required else num_warps
+        if isinstance(binary, str):
+            binary, shared = clustered(binary, shared)
         return self._real.TritonKernel(name, warps, num_ctas, shared, binary, *rest)
 
 

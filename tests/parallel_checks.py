@@ -27,6 +27,10 @@ FLOAT: dict[str, Any] = LAYERS | {
     "moe_intermediate_size": 32, "n_routed_experts": 16, "num_experts_per_tok": 4, "index_n_heads": 8,
     "index_head_dim": 32, "index_topk": 16,
 }  # fmt: skip
+# A single layer, sparse and full, of FLOAT's widths and without an MTP layer.
+LAYER: dict[str, Any] = FLOAT | {
+    "num_hidden_layers": 1, "first_k_dense_replace": 0, "indexer_types": ["full"], "num_nextn_predict_layers": 0,
+}  # fmt: skip
 # Widths whose slices are whole FP8 blocks on 8 (4 for the experts) devices, beside ranks with partial blocks and heads of kv_b, 224
 # rows each, that straddle them.
 BLOCKS: dict[str, Any] = FLOAT | {
@@ -50,8 +54,9 @@ SPLIT: dict[str, dict[str, int]] = {
 
 
 def write(directory: Path, sizes: dict[str, Any], stored: Any) -> Path:
-    """A checkpoint with an MTP layer."""
-    write_checkpoint(directory, tiny_config(**sizes), weights=stored, seed=1, mtp=True)
+    """A checkpoint, with an MTP layer where the sizes announce one."""
+    config = tiny_config(**sizes)
+    write_checkpoint(directory, config, weights=stored, seed=1, mtp=config["num_nextn_predict_layers"] > 0)
     return directory
 
 
@@ -164,5 +169,7 @@ def all_to(model: glm52_jax.Model, experts: Sequence[int]) -> glm52_jax.Model:
     assert moe is not None
     chosen = np.isin(np.arange(moe.router_bias.shape[-1]), experts)
     bias = np.broadcast_to(np.where(chosen, 10.0, -10.0).astype(np.float32), moe.router_bias.shape)
-    placed = jax.device_put(jnp.asarray(bias), moe.router_bias.sharding)
+    placed = jnp.asarray(bias)
+    if model.plan.parallel is not None:  # one device's arrays are committed to none, or its program would be another
+        placed = jax.device_put(placed, moe.router_bias.sharding)
     return model.replace(weights=model.weights.replace(moe=moe.replace(router_bias=placed)))

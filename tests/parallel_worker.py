@@ -1,4 +1,4 @@
-"""Checks on eight fake CPU devices; ``python -m tests.parallel_worker NAME`` runs one, where XLA_FLAGS gives JAX eight."""
+"""Checks on eight fake CPU devices; ``python -m tests.parallel_worker NAME...`` runs some, where XLA_FLAGS gives JAX eight."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def refusals(directory: Path) -> None:
 def faults(directory: Path) -> None:
     """A sum left out, a slice of another device, an expert counted from another's: each must show in the logits."""
     ids = checks.tokens(24)
-    one = glm52_jax.load(checks.write(directory, checks.FLOAT, "float32"), dtype="float32")
+    one = glm52_jax.load(checks.write(directory, checks.LAYER, "float32"), dtype="float32")
     want = one.score(ids)
     models = {mode: checks.load(directory, mode, 2, dtype="float32") for mode in ("tp", "ep", "ep+dp")}
 
@@ -247,7 +247,7 @@ def benches(directory: Path) -> None:
     sizes = {"hidden_size": 256, "num_attention_heads": 4, "q_lora_rank": 128, "kv_lora_rank": 128, "index_topk": 64}
     sizes |= {"moe_intermediate_size": 256, "n_routed_experts": 8, "num_experts_per_tok": 2}
     spec = dataclasses.replace(moe_layer.spec_of("ep+dp", 2, 4, **sizes), context=256, room=64)
-    with patched(moe_layer, "REPLAYS", 2):
+    with patched(moe_layer, "CALLS", 1), patched(moe_layer, "REPLAYS", 2):
         found = moe_layer.measure(
             spec, moe_layer.make_weights(spec), (moe_layer.LAYER, moe_layer.AROUND), 1e12, 1, 1e-4
         )
@@ -275,5 +275,6 @@ CHECKS: dict[str, Callable[[Path], None]] = {f.__name__: f for f in _ALL}
 
 if __name__ == "__main__":
     assert jax.device_count() == 8, jax.devices()
-    with tempfile.TemporaryDirectory() as folder:
-        CHECKS[sys.argv[1]](Path(folder) / "c")
+    for name in sys.argv[1:]:
+        with tempfile.TemporaryDirectory() as folder:
+            CHECKS[name](Path(folder) / "c")

@@ -54,7 +54,12 @@ def test_outcomes(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_ended_keeps_what_is_known(tmp_path: Path) -> None:
-    status, lines = run(tmp_path, "-k", "two or five", limit=15)
+    # As much time as the start takes on a busy machine, and no more: the rest is waited for in vain.
+    for limit in (3, 6, 12, 24):
+        status, lines = run(tmp_path, "-k", "two or five", limit=limit)
+        if (tmp_path / "left").exists():
+            break
+        lines.unlink(missing_ok=True)
     assert status == gpu_tests.ENDED
     assert [outcome.outcome for outcome in gpu_tests.outcomes(lines, "run")] == ["failed"]
     # Neither pytest's processes nor theirs live on: they would keep the GPU's memory.

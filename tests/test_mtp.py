@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,9 @@ from glm52_jax import cache, decode, generate, mtp, tiny
 from glm52_jax import model as decoder
 from glm52_jax.checkpoint import CheckpointError
 from glm52_jax.config import Config
+from glm52_jax.plan import Plan
 from glm52_jax.rope import rope_tables
+from glm52_jax.weights import Weights
 from pallas_kernels import mla_front, norm_quant
 from pallas_kernels.compare import rel_l2
 from pallas_kernels.paged import PAGE
@@ -36,7 +39,8 @@ class Inputs:
     rows: cache.Rows
 
 
-Fault = Callable[[pytest.MonkeyPatch, glm52_jax.Model, Inputs], Inputs]
+Change = Callable[[glm52_jax.Model, Inputs], dict[str, Any]]
+Fault = Callable[[pytest.MonkeyPatch, glm52_jax.Model, Inputs], None]
 
 
 @pytest.mark.parametrize("name,chunk", [("glm52", 512), ("fp8", 32)])
@@ -49,7 +53,7 @@ def test_drafts_match_the_official_layer(name: str, chunk: int, monkeypatch: pyt
     assert rel_l2(got, want) <= TOLERANCE
 
 
-# From here on the layer alone runs, on the official hidden states and uncompiled: what a fault replaces is never cached.
+# From here on the layer alone runs, on the official hidden states.
 
 
 def raw_hidden(name: str) -> np.ndarray:
@@ -70,7 +74,10 @@ def inputs_of(name: str, model: glm52_jax.Model) -> Inputs:
     return Inputs(hidden[None], successors, rows_from(model, 0, successors.shape[1]))
 
 
-def run_layer(monkeypatch: pytest.MonkeyPatch, model: glm52_jax.Model, inputs: Inputs) -> dict[str, np.ndarray]:
+@partial(jax.jit, static_argnames=("config", "plan"))
+def layer(
+    weights: Weights, hidden: jax.Array, successors: jax.Array, rows: cache.Rows, config: Config, plan: Plan
+) -> dict[str, jax.Array]:
     """Draft logits and the layer's choices, named as in the fixture.
 
     The model's own layers have NaN in the caches: the MTP layer must read no entry but its own.
@@ -86,13 +93,28 @@ def run_layer(monkeypatch: pytest.MonkeyPatch, model: glm52_jax.Model, inputs: I
         out, found["mtp_experts"] = moe(*args)
         return out, found["mtp_experts"]
 
-    monkeypatch.setattr(mtp, "attention", recorded_attention)
-    monkeypatch.setattr(mtp, "moe", recorded_moe)
-    empty = cache.make_cache(model.config, model.plan, inputs.rows.table.shape[1], mtp=True)
+    empty = cache.make_cache(config, plan, rows.table.shape[1], mtp=True)
     empty = jax.tree.map(lambda a: a.at[:-1].set(jnp.nan), empty)
-    out, _ = mtp.draft(model.weights, inputs.hidden, inputs.successors, empty, inputs.rows, model.config, model.plan)
-    found["mtp_logits"] = decoder.logits(model.weights, out, model.plan)[0]
-    return {key: np.asarray(value) for key, value in found.items()}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(mtp, "attention", recorded_attention)
+        monkeypatch.setattr(mtp, "moe", recorded_moe)
+        out, _ = mtp.draft(weights, hidden, successors, empty, rows, config, plan)
+    return {**found, "mtp_logits": decoder.logits(weights, out, plan)[0]}
+
+
+def run_layer(model: glm52_jax.Model, inputs: Inputs) -> dict[str, np.ndarray]:
+    given = (inputs.hidden, inputs.successors, inputs.rows)
+    return jax.tree.map(np.asarray, layer(model.weights, *given, config=model.config, plan=model.plan))
+
+
+@pytest.fixture
+def fresh_traces() -> Iterator[None]:
+    """Compiled programs are keyed by function and statics, not by what a fault patched: those that trace patched code go."""
+    for program in (layer, decode.draft_chunk):
+        program.clear_cache()
+    yield
+    for program in (layer, decode.draft_chunk):
+        program.clear_cache()
 
 
 def assert_layer_matches(name: str, found: dict[str, np.ndarray]) -> None:
@@ -106,22 +128,16 @@ def assert_layer_matches(name: str, found: dict[str, np.ndarray]) -> None:
 
 
 @pytest.mark.parametrize("name", FIXTURES)
-def test_layer_chooses_what_the_official_layer_chooses(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layer_chooses_what_the_official_layer_chooses(name: str) -> None:
     model = reference_model(name)
-    assert_layer_matches(name, run_layer(monkeypatch, model, inputs_of(name, model)))
-
-
-def _inputs(change: Callable[[glm52_jax.Model, Inputs], dict[str, Any]]) -> Fault:
-    """Feeds the layer something else."""
-    return lambda monkeypatch, model, inputs: dataclasses.replace(inputs, **change(model, inputs))
+    assert_layer_matches(name, run_layer(model, inputs_of(name, model)))
 
 
 def _jnp(**replaced: Any) -> Fault:
     """Replaces functions of jax.numpy in mtp.py only."""
 
-    def apply(monkeypatch: pytest.MonkeyPatch, model: glm52_jax.Model, inputs: Inputs) -> Inputs:
+    def apply(monkeypatch: pytest.MonkeyPatch, model: glm52_jax.Model, inputs: Inputs) -> None:
         monkeypatch.setattr(mtp, "jnp", SimpleNamespace(**{**vars(jnp), **replaced}))
-        return inputs
 
     return apply
 
@@ -129,7 +145,7 @@ def _jnp(**replaced: Any) -> Fault:
 def _norm(name: str, norm: Callable[[jax.Array, jax.Array, float], jax.Array]) -> Fault:
     """Replaces one of the layer's norms: enorm, hnorm or norm (shared_head.norm)."""
 
-    def apply(monkeypatch: pytest.MonkeyPatch, model: glm52_jax.Model, inputs: Inputs) -> Inputs:
+    def apply(monkeypatch: pytest.MonkeyPatch, model: glm52_jax.Model, inputs: Inputs) -> None:
         right = mtp.draft
 
         def draft(weights: Any, *args: Any) -> Any:
@@ -141,7 +157,6 @@ def _norm(name: str, norm: Callable[[jax.Array, jax.Array, float], jax.Array]) -
             return right(weights, *args)
 
         monkeypatch.setattr(mtp, "draft", draft)
-        return inputs
 
     return apply
 
@@ -154,7 +169,7 @@ def _tight(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return norm_quant.rms_norm(x, weight, 1e-6)
 
 
-def _model_selection(monkeypatch: pytest.MonkeyPatch, model: glm52_jax.Model, inputs: Inputs) -> Inputs:
+def _model_selection(monkeypatch: pytest.MonkeyPatch, model: glm52_jax.Model, inputs: Inputs) -> None:
     """The layer treated as a shared one: it attends to the set of the model's last full layer."""
     right, last = mtp.attention, model.config.full_layers[-1]
     positions = jnp.asarray(golden("fp8")[f"topk.{last}"][None, :-1])
@@ -164,10 +179,9 @@ def _model_selection(monkeypatch: pytest.MonkeyPatch, model: glm52_jax.Model, in
         return right(*args[:3], None, *args[4:7], selection, *args[8:])
 
     monkeypatch.setattr(mtp, "attention", attention)
-    return inputs
 
 
-def _queries_rotated_later(monkeypatch: pytest.MonkeyPatch, model: glm52_jax.Model, inputs: Inputs) -> Inputs:
+def _queries_rotated_later(monkeypatch: pytest.MonkeyPatch, model: glm52_jax.Model, inputs: Inputs) -> None:
     """MLA queries at rope position p + 1, keys at p."""
     right, turned = mla_front.query_and_write, _turned(model.config, inputs.rows, 1)
 
@@ -179,7 +193,6 @@ def _queries_rotated_later(monkeypatch: pytest.MonkeyPatch, model: glm52_jax.Mod
         return latent, query, written
 
     monkeypatch.setattr(mla_front, "query_and_write", query_and_write)
-    return inputs
 
 
 def _turned(config: Config, rows: cache.Rows, shift: int) -> dict[str, jax.Array]:
@@ -187,18 +200,16 @@ def _turned(config: Config, rows: cache.Rows, shift: int) -> dict[str, jax.Array
     return {"cos": cos, "sin": sin}
 
 
-def _later_rows(model: glm52_jax.Model, inputs: Inputs) -> dict[str, Any]:
-    return {"rows": rows_from(model, 1, inputs.successors.shape[1])}
-
-
+WRONG_INPUTS: dict[str, Change] = {
+    "hidden before model.norm": lambda model, inputs: {"hidden": jnp.asarray(raw_hidden("fp8"))[None]},
+    "the token at p, not at p + 1": lambda model, inputs: {
+        "successors": jnp.array([BY_NAME["fp8"].ids()[:-1]], jnp.int32)
+    },
+    "works at position p + 1": lambda model, inputs: {"rows": rows_from(model, 1, inputs.successors.shape[1])},
+}
 LAYER_FAULTS: dict[str, Fault] = {
-    "hidden before model.norm": _inputs(lambda model, inputs: {"hidden": jnp.asarray(raw_hidden("fp8"))[None]}),
-    "the token at p, not at p + 1": _inputs(
-        lambda model, inputs: {"successors": jnp.array([BY_NAME["fp8"].ids()[:-1]], jnp.int32)}
-    ),
     "embedding not zeroed at position 0": _jnp(where=lambda condition, x, y: y),
     "hidden half first": _jnp(concatenate=lambda parts, axis: jnp.concatenate(parts[::-1], axis=axis)),
-    "works at position p + 1": _inputs(_later_rows),
     "queries rotated at p + 1": _queries_rotated_later,
     "the model's selection reused": _model_selection,
     "shared_head.norm twice": _norm("norm", _twice),
@@ -209,23 +220,34 @@ LAYER_FAULTS: dict[str, Fault] = {
 }
 
 
-@pytest.mark.parametrize("fault", LAYER_FAULTS)
-def test_fault_turns_the_comparison_red(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = reference_model("fp8")
-    inputs = LAYER_FAULTS[fault](monkeypatch, model, inputs_of("fp8", model))
-    found = run_layer(monkeypatch, model, inputs)
+def assert_red(found: dict[str, np.ndarray]) -> None:
     error = rel_l2(found["mtp_logits"], golden("fp8")["mtp_logits"])
     assert error > 10 * TOLERANCE, f"the logits hardly move: {error:.1e}"
     with pytest.raises(AssertionError):
         assert_layer_matches("fp8", found)
 
 
-def test_turning_queries_and_keys_alike_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fault", WRONG_INPUTS)
+def test_wrong_input_turns_the_comparison_red(fault: str) -> None:
+    model = reference_model("fp8")
+    inputs = inputs_of("fp8", model)
+    assert_red(run_layer(model, dataclasses.replace(inputs, **WRONG_INPUTS[fault](model, inputs))))
+
+
+def test_turning_queries_and_keys_alike_changes_nothing() -> None:
     """RoPE is relative: a layer that rotates both at p + 1 cannot be told from the right one, so no test tries to."""
     model = reference_model("fp8")
     inputs = inputs_of("fp8", model)
     inputs = dataclasses.replace(inputs, rows=inputs.rows.replace(**_turned(model.config, inputs.rows, 1)))
-    assert_layer_matches("fp8", run_layer(monkeypatch, model, inputs))
+    assert_layer_matches("fp8", run_layer(model, inputs))
+
+
+@pytest.mark.parametrize("fault", LAYER_FAULTS)
+def test_fault_turns_the_comparison_red(fault: str, monkeypatch: pytest.MonkeyPatch, fresh_traces: None) -> None:
+    model = reference_model("fp8")
+    inputs = inputs_of("fp8", model)
+    LAYER_FAULTS[fault](monkeypatch, model, inputs)
+    assert_red(run_layer(model, inputs))
 
 
 # Checkpoints and arguments
@@ -300,19 +322,8 @@ def test_ids_that_hold_no_pair_are_refused(ids: list[Any], words: str, small: gl
         small.score_mtp(ids)
 
 
-# Last, because it drops every compiled program
-
-
-@pytest.fixture
-def fresh_traces() -> Iterator[None]:
-    """Compiled programs are keyed by function and statics, not by what a fault patched."""
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
-
-
 def test_raw_residual_turns_the_drafts_red(monkeypatch: pytest.MonkeyPatch, fresh_traces: None) -> None:
-    """The same fault as in LAYER_FAULTS, in the way from the model to the layer."""
+    """The same fault as in WRONG_INPUTS, in the way from the model to the layer."""
     model, ids = reference_model("fp8"), BY_NAME["fp8"].ids()
     hidden = jnp.pad(jnp.asarray(raw_hidden("fp8")), ((0, 1), (0, 0)))[None]  # padded to the width of a chunk, 64
 

@@ -19,7 +19,9 @@ SECONDS = 200
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    write_tiny(path := tmp_path_factory.mktemp("two") / "c", tiny_config(layers=3), weights="float32")
+    # A layer of each kind: three processes compile each of them.
+    kinds = {"first_k_dense_replace": 1, "mlp_layer_types": ["dense", "sparse"], "indexer_types": ["full", "shared"]}
+    write_tiny(path := tmp_path_factory.mktemp("two") / "c", tiny_config(layers=2) | kinds, weights="float32")
     return path
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import glm52_jax
-from glm52_jax import cache, loader
+from glm52_jax import cache, decode, loader
 from glm52_jax import model as decoder
 from glm52_jax.config import Config
 from pallas_kernels import blocks, rotary
@@ -27,7 +27,7 @@ from pallas_kernels.mqa_logits import reference as mqa_logits
 from pallas_kernels.norm_quant import reference as norm_quant
 from pallas_kernels.products import einsum
 from pallas_kernels.router import reference as router
-from tests.fixtures_util import BY_NAME, assert_matches, checkpoint_dir, golden, reference_model
+from tests.fixtures_util import BY_NAME, assert_matches, checkpoint_dir, first_layers, golden, reference_model
 from tests.oracle.models import FIXTURES, checkpoint_digests
 
 Patch = Callable[[pytest.MonkeyPatch, glm52_jax.Model], glm52_jax.Model]
@@ -67,8 +67,8 @@ def _reload(owner: Any, name: str, value: Any, fixture: str) -> Patch:
 
     def apply(monkeypatch: pytest.MonkeyPatch, model: glm52_jax.Model) -> glm52_jax.Model:
         monkeypatch.setattr(owner, name, value)
-        jax.clear_caches()
-        return glm52_jax.load(checkpoint_dir(fixture), dtype="float32", latent_norm_eps=1e-6)
+        broken = glm52_jax.load(checkpoint_dir(fixture), dtype="float32", latent_norm_eps=1e-6)
+        return first_layers(broken, model.config.num_hidden_layers)
 
     return apply
 
@@ -215,64 +215,81 @@ def _head_weights_in_bfloat16(*args: Any) -> tuple[jax.Array, jax.Array]:
 _absorb, _mix = mla_front.absorb, experts.mix
 _paged_logits, _index_query = mqa_logits.paged_logits, index_keys.query
 
-FAULTS: dict[str, tuple[str, Patch]] = {
-    "latent norms with rms_norm_eps (trap 1)": ("long", _config(latent_norm_eps=1e-5)),
-    "input norms with 1e-6 (trap 2)": ("long", _config(rms_norm_eps=1e-6)),
-    "index-key norm with 1e-5 (trap 2)": ("long", _attribute(index_keys, "LAYER_NORM_EPS", 1e-5)),
-    "RMSNorm for the index-key LayerNorm": ("long", _attribute(norm_quant, "layer_norm", _rms_for_layer_norm)),
-    "half-split rope in the indexer (trap 3)": ("long", _only_in(index_keys, _half_split)),
-    "half-split rope everywhere (trap 5)": ("long", _attribute(rotary, "apply_rotary", _half_split)),
+# The fixture, how many of its first layers run (those that the fault is to show in), and the fault.
+FAULTS: dict[str, tuple[str, int, Patch]] = {
+    "latent norms with rms_norm_eps (trap 1)": ("long", 1, _config(latent_norm_eps=1e-5)),
+    "input norms with 1e-6 (trap 2)": ("long", 1, _config(rms_norm_eps=1e-6)),
+    "index-key norm with 1e-5 (trap 2)": ("long", 1, _attribute(index_keys, "LAYER_NORM_EPS", 1e-5)),
+    "RMSNorm for the index-key LayerNorm": ("long", 1, _attribute(norm_quant, "layer_norm", _rms_for_layer_norm)),
+    "half-split rope in the indexer (trap 3)": ("long", 1, _only_in(index_keys, _half_split)),
+    "half-split rope everywhere (trap 5)": ("long", 1, _attribute(rotary, "apply_rotary", _half_split)),
     "half-split rope in MLA only (trap 5)": (
         "long",
+        1,
         _all(_only_in(mla_front, _half_split), _only_in(latent_write, _half_split)),
     ),
-    "indexer rotates its last dims (trap 4)": ("long", _attribute(index_keys, "_rotate_front", _rotate_back)),
-    "query rolled before absorption (trap 4)": ("long", _attribute(mla_front, "absorb", _query_rope_first)),
-    "no relu in the indexer (trap 6)": ("long", _attribute(jax.nn, "relu", lambda x: x)),
-    "IndexShare off: shared layers dense (trap 8)": ("long", _share(_everything)),
-    "shared layers use the first selection (trap 8)": ("glm52", _share(lambda seen, right, rows: seen[0])),
-    "routing bias in the weights (trap 9)": ("long", _routing("bias in the weights")),
-    "routing bias not in the choice (trap 9)": ("long", _routing("bias not in the choice")),
-    "routing weights not renormalized (trap 9)": ("long", _routing("not renormalized")),
-    "router logits in bfloat16 (trap 9)": ("long", _routing("logits in bfloat16")),
-    "index scores in bfloat16 (trap 15)": ("long", _attribute(mqa_logits, "paged_logits", _scores_in_bfloat16)),
-    "index head weights in bfloat16 (trap 17)": ("long", _attribute(index_keys, "query", _head_weights_in_bfloat16)),
-    "routed experts not scaled (trap 20)": ("long", _routing("not scaled")),
-    "shared expert scaled too (trap 20)": ("long", _attribute(experts, "mix", _shared_scaled)),
-    "weights on the experts' input": ("long", _attribute(experts, "mix", _weighted_input)),
+    "indexer rotates its last dims (trap 4)": ("long", 1, _attribute(index_keys, "_rotate_front", _rotate_back)),
+    "query rolled before absorption (trap 4)": ("long", 1, _attribute(mla_front, "absorb", _query_rope_first)),
+    "no relu in the indexer (trap 6)": ("long", 1, _attribute(jax.nn, "relu", lambda x: x)),
+    "IndexShare off: shared layers dense (trap 8)": ("long", 3, _share(_everything)),
+    "shared layers use the first selection (trap 8)": ("long", 3, _share(lambda seen, right, rows: seen[0])),
+    "routing bias in the weights (trap 9)": ("long", 2, _routing("bias in the weights")),
+    "routing bias not in the choice (trap 9)": ("long", 2, _routing("bias not in the choice")),
+    "routing weights not renormalized (trap 9)": ("long", 2, _routing("not renormalized")),
+    "router logits in bfloat16 (trap 9)": ("long", 2, _routing("logits in bfloat16")),
+    "index scores in bfloat16 (trap 15)": ("long", 1, _attribute(mqa_logits, "paged_logits", _scores_in_bfloat16)),
+    "index head weights in bfloat16 (trap 17)": ("long", 1, _attribute(index_keys, "query", _head_weights_in_bfloat16)),
+    "routed experts not scaled (trap 20)": ("long", 2, _routing("not scaled")),
+    "shared expert scaled too (trap 20)": ("long", 2, _attribute(experts, "mix", _shared_scaled)),
+    "weights on the experts' input": ("long", 2, _attribute(experts, "mix", _weighted_input)),
     "softmax scale of the nope dims (trap 10)": (
         "long",
+        1,
         _attribute(Config, "softmax_scale", property(lambda c: c.qk_nope_head_dim**-0.5)),
     ),
     "softmax scale of the latent (trap 10)": (
         "long",
+        1,
         _attribute(Config, "softmax_scale", property(lambda c: c.latent_dim**-0.5)),
     ),
-    "default rope_theta (trap 11)": ("long", _config(rope_theta=1e4)),
-    "a key from the future (trap 16)": ("long", _attribute(glm52_jax.decode, "make_rows", _sees_the_future)),
-    "one block scale dropped (trap 13)": ("fp8", _attribute(fp8_linear, "dequantize", _no_scale_in_one_block)),
-    "one block scale of kv_b dropped (trap 13)": ("fp8", _reload(loader, "dequantize", _no_scale_in_one_block, "fp8")),
-    "kv_b scale divides (trap 13)": ("fp8", _reload(loader, "dequantize", _scale_divides, "fp8")),
+    "default rope_theta (trap 11)": ("long", 1, _config(rope_theta=1e4)),
+    "a key from the future (trap 16)": ("long", 1, _attribute(glm52_jax.decode, "make_rows", _sees_the_future)),
+    "one block scale dropped (trap 13)": ("fp8", 1, _attribute(fp8_linear, "dequantize", _no_scale_in_one_block)),
+    "one block scale of kv_b dropped (trap 13)": (
+        "fp8",
+        1,
+        _reload(loader, "dequantize", _no_scale_in_one_block, "fp8"),
+    ),
+    "kv_b scale divides (trap 13)": ("fp8", 1, _reload(loader, "dequantize", _scale_divides, "fp8")),
     "kv_b scales by the head's own rows (trap 13)": (
         "fp8",
+        1,
         _reload(loader, "dequantize", _scale_row_of_the_head, "fp8"),
     ),
-    "kv_b halves swapped": ("long", _reload(loader, "split_kv_b", _halves_swapped, "long")),
+    "kv_b halves swapped": ("long", 1, _reload(loader, "split_kv_b", _halves_swapped, "long")),
 }
 
 
 @pytest.fixture
 def fresh_traces() -> Iterator[None]:
-    """Compiled programs are keyed by function and statics, not by what a fault patched."""
-    jax.clear_caches()
+    """Compiled programs are keyed by function and statics, not by what a fault patched: those that trace patched code go."""
+    for program in (decode.score_chunk, loader._place_converted):
+        program.clear_cache()
     yield
-    jax.clear_caches()
+    for program in (decode.score_chunk, loader._place_converted):
+        program.clear_cache()
+
+
+@pytest.mark.parametrize("fixture,layers", sorted({(fixture, layers) for fixture, layers, _ in FAULTS.values()}))
+def test_first_layers_match_the_official_code(fixture: str, layers: int) -> None:
+    """What the faults break is right without them."""
+    assert_matches(fixture, first_layers(reference_model(fixture), layers))
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_turns_the_comparison_red(fault: str, monkeypatch: pytest.MonkeyPatch, fresh_traces: None) -> None:
-    fixture, apply = FAULTS[fault]
-    broken = apply(monkeypatch, reference_model(fixture))
+    fixture, layers, apply = FAULTS[fault]
+    broken = apply(monkeypatch, first_layers(reference_model(fixture), layers))
     # The comparison itself must fail, not an assertion on the way to it.
     with pytest.raises(AssertionError, match=r"^(logits|hidden\.\d+|topk\.\d+|experts\.\d+): "):
         assert_matches(fixture, broken)

@@ -15,10 +15,11 @@ ROOT = Path(__file__).parents[1]
 EIGHT = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
 
 
-@pytest.mark.parametrize("check", ["floats", "blocks", "faults", "refusals", "exchanges", "peers", "benches"])
-def test_on_eight_devices(check: str) -> None:
+# The short ones share a process, whose start is most of their time.
+@pytest.mark.parametrize("checks", ["floats", "blocks", "faults", "refusals exchanges peers benches"])
+def test_on_eight_devices(checks: str) -> None:
     env = os.environ | {"XLA_FLAGS": EIGHT}
-    command = [sys.executable, "-W", "error", "-m", "tests.parallel_worker", check]
+    command = [sys.executable, "-W", "error", "-m", "tests.parallel_worker", *checks.split()]
     ended = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
     assert ended.returncode == 0, ended.stdout + ended.stderr
 

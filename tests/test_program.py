@@ -191,7 +191,7 @@ def test_a_state_belongs_to_the_program_that_made_it() -> None:
 
 def test_arrays_that_do_not_fit_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"tokens is int32\[1\], not int32\[2\].*cache\.latent is"):
-        prefilled(decoder(2), prompts(1))
+        decoder(2).adopt(decoder(1).fresh().arrays)
     with pytest.raises(ValueError, match="rows=0"):
         decoder(0)
 
@@ -219,14 +219,15 @@ def test_generate_runs_it_on_gpus_and_never_emits_what_follows_a_stop(monkeypatc
     """One prompt in a bucket of two; a stop is seen two steps late."""
     model, (prompt,) = tiny(), prompts(1)
 
-    def drawn(stop_ids: tuple[int, ...]) -> list[tuple[int, int, bool]]:
-        tokens = model.generate(prompt, max_new_tokens=40, sampling=GREEDY, stop_ids=stop_ids)
+    def drawn(stop_ids: tuple[int, ...], batch: list = prompt) -> list[tuple[int, int, bool]]:
+        tokens = model.generate(batch, max_new_tokens=40, sampling=GREEDY, stop_ids=stop_ids)
         return [(token.sequence, token.id, token.finished) for token in tokens]
 
     steps: list[int] = []
     real = DecodeProgram.step
     monkeypatch.setattr(DecodeProgram, "step", lambda self, state: (steps.append(self.rows), real(self, state))[1])
-    free = drawn(())
+    # Twice the prompt: the programs of two rows are there already.
+    free = [token for token in drawn((), [prompt, prompt]) if token[0] == 0]
     assert not steps and len(free) == 40
     monkeypatch.setattr(glm52_jax.Model, "_on_gpu", lambda self: True)
     monkeypatch.setattr(generate, "bucket", lambda rows: 2 * rows)

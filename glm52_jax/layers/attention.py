@@ -83,13 +83,14 @@ def add_attention(
             selection, keys = indexer.select(index_weights, index_layer, latent, normed, keys, rows, config, plan)
     if selection is None:
         raise ValueError(f"{layer=} shares a selection but no full layer ran before it")
-    context, _ = sparse_mla.attend(
+    context, lse = sparse_mla.attend(
         query,
         latents,
         layer,
         selection.slots.reshape(query.shape[0], -1),
         kv_lora_rank=config.kv_lora_rank,
         scale=config.softmax_scale,
+        apart=True,
     )
-    out = mla_out.output(context, weights.w_uv, weights.o_proj, layer, arithmetic=plan.linear)
+    out = mla_out.output(context, weights.w_uv, weights.o_proj, layer, lse=lse, arithmetic=plan.linear)
     return x, out, Cache(latent=latents, index_keys=keys), selection

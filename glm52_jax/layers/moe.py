@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -11,14 +13,28 @@ from glm52_jax.weights import MoeWeights
 from pallas_kernels import collectives, experts, router
 
 
+class Mailboxes(NamedTuple):
+    """Zeros at the start of a step, then threaded through its layers: words in which programs of a launch meet."""
+
+    router: jax.Array
+    experts: jax.Array
+
+
+def new_mailboxes(weights: MoeWeights, rows: int, config: Config) -> Mailboxes:
+    """For that many rows and a device's share of the weights."""
+    widths = (weights.gate_up.shape[-2], weights.shared_gate_up.shape[-2])
+    meeting = router.mailbox_words(rows, config.hidden_size, config.n_routed_experts)
+    products = experts.mailbox_words(rows, config.num_experts_per_tok, *widths)
+    return Mailboxes(jnp.zeros((meeting,), jnp.int32), jnp.zeros((products,), jnp.int32))
+
+
 def moe(weights: MoeWeights, layer: int, x: jax.Array, config: Config, plan: Plan) -> tuple[jax.Array, jax.Array]:
     """Routed and shared experts of the normed residual stream x [rows, hidden], without the residual.
 
     ``layer`` counts sparse layers. Returns [rows, hidden], of which each device of a mesh has a summand, and the chosen experts
     int32 [rows, k], which every device knows.
     """
-    words = router.mailbox_words(x.shape[0], config.hidden_size, config.n_routed_experts)
-    mailbox = jnp.zeros((words,), jnp.int32)
+    mailbox = new_mailboxes(weights, x.shape[0], config)
     return add_moe(weights, layer, x, None, mailbox, config, plan)[1:3]
 
 
@@ -27,26 +43,28 @@ def add_moe(
     layer: int,
     x: jax.Array,
     delta: jax.Array | None,
-    mailbox: jax.Array,
+    mailbox: Mailboxes,
     config: Config,
     plan: Plan,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array, Mailboxes]:
     """Adds the block before (``delta`` [rows, hidden], or None) to the residual stream, norms, routes and applies ``moe``.
 
-    mailbox: zeros, of the router (``router.mailbox_words``). Returns the stream with delta added, this layer's output (not added
-    yet), the chosen experts, and the mailbox.
+    mailbox: of ``new_mailboxes``, each layer once a step. Returns the stream with delta added, this layer's output (not added yet),
+    the chosen experts, and the mailbox.
     """
-    given = (x, delta, weights.post_norm, mailbox, config, plan)
-    x, normed, ids, mixture, lists, mailbox = _routed(weights, layer, *given)
-    return x, _mixed(weights, layer, normed, ids, mixture, lists, plan), ids, mailbox
+    given = (x, delta, weights.post_norm, mailbox.router, config, plan)
+    x, normed, ids, mixture, lists, meeting = _routed(weights, layer, *given)
+    out, products = _mixed(weights, layer, normed, ids, mixture, lists, mailbox.experts, plan)
+    return x, out, ids, Mailboxes(meeting, products)
 
 
 def mixed(
-    weights: MoeWeights, layer: int, normed: jax.Array, mailbox: jax.Array, config: Config, plan: Plan
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    weights: MoeWeights, layer: int, normed: jax.Array, mailbox: Mailboxes, config: Config, plan: Plan
+) -> tuple[jax.Array, jax.Array, Mailboxes]:
     """``moe`` of rows that are normed already: the output, the chosen experts, and the mailbox."""
-    _, _, ids, mixture, lists, mailbox = _routed(weights, layer, normed, None, None, mailbox, config, plan)
-    return _mixed(weights, layer, normed, ids, mixture, lists, plan), ids, mailbox
+    _, _, ids, mixture, lists, meeting = _routed(weights, layer, normed, None, None, mailbox.router, config, plan)
+    out, products = _mixed(weights, layer, normed, ids, mixture, lists, mailbox.experts, plan)
+    return out, ids, Mailboxes(meeting, products)
 
 
 def _routed(
@@ -83,8 +101,9 @@ def _mixed(
     ids: jax.Array,
     mixture: jax.Array,
     lists: router.Lists | None,
+    mailbox: jax.Array,
     plan: Plan,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     return experts.mix(
         normed,
         _placed_here(ids, weights.gate_up.shape[1], plan),
@@ -96,6 +115,8 @@ def _mixed(
         layer,
         arithmetic=plan.linear,
         lists=lists,
+        mailbox=mailbox,
+        epoch=layer + 1,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -9,10 +11,11 @@ from pallas_kernels import registry
 from pallas_kernels.arch import Arch
 from pallas_kernels.blocks import BLOCK, BlockScaled, Weight
 from pallas_kernels.experts.mosaic_plan import UNIT, one_row, several_rows
-from pallas_kernels.experts.spec import Spec
+from pallas_kernels.experts.spec import Spec, mailbox_words
 from pallas_kernels.lowering import default_arch
 from pallas_kernels.registry import Backend, Module, Refusal, always, needs_sm80, needs_sm90
 
+__all__ = ["ARITHMETICS", "BACKENDS", "list_unit", "mailbox_words", "mix"]
 ARITHMETICS = ("w8a16", "w8a8")
 # What one program can hold a counter of in registers.
 _MOST_EXPERTS = 1024
@@ -32,8 +35,10 @@ def mix(
     *,
     arithmetic: str = "w8a16",
     lists: tuple[jax.Array, jax.Array] | None = None,
+    mailbox: jax.Array | None = None,
+    epoch: int | jax.Array = 1,
     backend: str | None = None,
-) -> jax.Array:
+) -> Any:
     """Weighted sum of the chosen experts, plus the shared expert.
 
     Computes: sum_j weights[r, j] * ffn_{ids[r, j]}(x[r]) + ffn_shared(x[r]), ffn(x) = (silu(x @ gate.T) * (x @ up.T)) @ down.T.
@@ -42,7 +47,9 @@ def mix(
       shared_gate_up [moe layers, 2, shared width, hidden]; shared_down [moe layers, hidden, shared width]; layer: static or traced
       scalar. No stack is sliced or copied (but see Refuses), offsets are 64-bit. lists: of ``router.add_norm_route`` for exactly
       these ids and the unit of ``list_unit()``; without them a launch of its own makes them. backend: None chooses.
-    Outputs: [rows, hidden] in x's dtype.
+      mailbox: int32 [at least ``mailbox_words`` of these sizes], in which tiles of a launch give each other their products; epoch,
+      1 to 65535: of this call, another one than of any call on this mailbox since it was zeros. Without a mailbox zeros are made.
+    Outputs: [rows, hidden] in x's dtype; with a mailbox (that, the mailbox as the call leaves it).
     Rounding points: the SwiGLU product once to x's dtype; down-projections, weights and sums in float32; one rounding at the end.
       The Hopper backend (up to 64 rows) multiplies e4m3 by e4m3 as ``fp8_linear`` does, W8A16 with two terms of x.
       The Triton backend multiplies in bfloat16, which holds e4m3 exactly, applies a block's scale to its sum in float32, and
@@ -50,7 +57,10 @@ def mix(
     Refuses: kernels take bfloat16 x, FP8 block-scaled weights, sizes that are multiples of 128 and up to 1024 experts, the one for
       Hopper 1 to 64 rows (one row: a hidden size that is a multiple of 1024), Triton's W8A16 only; everything else is the
       reference's. On GPUs older than SM89 the stacks are passed as bytes, and whether XLA does that without a copy is unmeasured.
-    Graph-safe: yes; fixed shapes. On Hopper two launches for one row, four for 2 to 8, three with lists, eight for 9 to 64.
+    In place: the mailbox, under jit where it is no parameter, or donated.
+    Graph-safe: yes; fixed shapes. On Hopper two launches for one row; for 2 to 8 two in W8A16 where all experts are equally wide
+      and at most 256, else three, and one more without lists; eight for 9 to 64. Where both projections are one launch, its blocks
+      of threads wait for each other: all of them must be resident, one an SM.
     Bound: bytes of the distinct experts hit and of the shared one, once: 340 MB for one row at GLM's shape.
     Source: spec section 5.6; the weight multiplies the expert's output.
     """
@@ -64,7 +74,13 @@ def mix(
         *(kinds.pop() if len(kinds) == 1 else "mixed", arithmetic),
     )
     stacks = (gate_up, down, shared_gate_up, shared_down)
-    args = (x, ids, weights, *stacks, jnp.asarray(layer, jnp.int32), None, lists)
+    if not (mailbox is None or (mailbox.ndim == 1 and mailbox.dtype == jnp.int32)):
+        raise ValueError(f"mailbox {mailbox.dtype}{mailbox.shape} must be int32 and flat")
+    words = mailbox_words(spec.rows, spec.k, width, spec.shared_width)
+    if mailbox is not None and mailbox.size < words:
+        raise ValueError(f"mailbox of {mailbox.size} words must have {words}: {x.shape=}, {ids.shape=}, {width=}")
+    where = (jnp.asarray(layer, jnp.int32), None, lists)
+    args = (x, ids, weights, *stacks, *where, mailbox, jnp.asarray(epoch, jnp.int32))
     return registry.call("experts", BACKENDS, spec, args, forced=backend)
 
 

@@ -18,10 +18,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import fp8_linear
 from pallas_kernels.blocks import BLOCK, E4M3, BlockScaled
-from pallas_kernels.experts import mosaic_down_sm90, mosaic_gate_up_sm90
+from pallas_kernels.experts import mosaic_both_sm90, mosaic_down_sm90, mosaic_gate_up_sm90
+from pallas_kernels.experts.mosaic_both_plan import SMS, Both, both_of
 from pallas_kernels.experts.mosaic_plan import LINE, TILE, UNIT, OneRow, Rows, one_row, several_rows
 from pallas_kernels.experts.mosaic_rows_sm90 import Worker
-from pallas_kernels.experts.spec import Spec
+from pallas_kernels.experts.spec import Spec, mailbox_words
+from pallas_kernels.lowering import default_arch
 
 _FEWEST_SCALES = 128  # of an array: a copy takes 32 of them
 
@@ -38,11 +40,38 @@ def run(
     layer: jax.Array,
     after: Any = None,
     lists: tuple[jax.Array, jax.Array] | None = None,
+    mailbox: jax.Array | None = None,
+    epoch: jax.Array | None = None,
     plan: Any = None,
-) -> jax.Array:
+) -> Any:
     """As ``experts.mix`` describes it; nothing reads ``after``. plan: instead of what is chosen for the spec."""
-    plan = plan or one_row(spec) or several_rows(spec)
+    plan = plan or one_row(spec) or _joined(spec) or several_rows(spec)
     assert plan is not None, spec
+    if not isinstance(plan, Both):
+        y = _two_launches(spec, plan, x, ids, weights, (gate_up, down, shared_gate_up, shared_down), layer, lists)
+        return y if mailbox is None else (y, mailbox)
+    stacks = (gate_up, down, shared_gate_up, shared_down)
+    tables = (_lines(array) for array in lists or sorted_pairs(spec, UNIT, ids))
+    words = mailbox_words(spec.rows, spec.k, spec.width, spec.shared_width)
+    box = jnp.zeros((words,), jnp.int32) if mailbox is None else mailbox
+    number = jnp.ones((1,), jnp.int32) if epoch is None else jnp.asarray(epoch, jnp.int32).reshape(1)
+    flat = (a for w in stacks for a in _operands(w, w.shape[-2]))
+    parts, box = mosaic_both_sm90.run(plan, (layer.reshape(1), number, *tables), x, tuple(flat), box)
+    y = _combine(spec, ids, weights, parts[: spec.pairs], parts[spec.pairs :]).astype(x.dtype)
+    return y if mailbox is None else (y, box)
+
+
+def _two_launches(
+    spec: Spec,
+    plan: Any,
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    stacks: tuple[BlockScaled, BlockScaled, BlockScaled, BlockScaled],
+    layer: jax.Array,
+    lists: tuple[jax.Array, jax.Array] | None,
+) -> jax.Array:
+    gate_up, down, shared_gate_up, shared_down = stacks
     at = layer.reshape(1)
     up = (*_operands(gate_up, spec.width), *_operands(shared_gate_up, spec.shared_width))
     out = (*_operands(down, spec.hidden), *_operands(shared_down, spec.hidden))
@@ -61,6 +90,13 @@ def run(
         h = fp8_linear.swiglu(x, shared_gate_up, (layer,), arithmetic=spec.arithmetic)
         shared = fp8_linear.linear(h, shared_down, (layer,), arithmetic=spec.arithmetic, dtype=jnp.float32)
     return _combine(spec, ids, weights, parts, shared).astype(x.dtype)
+
+
+def _joined(spec: Spec) -> Both | None:
+    """The plan of one launch, whose blocks of threads wait for each other: there is one an SM. W8A8 was not measured."""
+    arch = default_arch()
+    workers = SMS if arch is None else min(SMS, arch.num_sms)
+    return both_of(spec, workers=workers) if spec.arithmetic == "w8a16" else None
 
 
 def sorted_pairs(spec: Spec, block_rows: int, ids: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -24,9 +24,12 @@ def run(
     layer: int | jax.Array,
     after: Any = None,
     lists: Any = None,
-) -> jax.Array:
-    """As ``experts.mix`` describes it; nothing reads ``after`` or ``lists``."""
-    return mix(x, ids, weights, gate_up, down, shared_gate_up, shared_down, layer, spec.arithmetic)
+    mailbox: Any = None,
+    epoch: Any = None,
+) -> Any:
+    """As ``experts.mix`` describes it; nothing reads what comes after ``layer``."""
+    y = mix(x, ids, weights, gate_up, down, shared_gate_up, shared_down, layer, spec.arithmetic)
+    return y if mailbox is None else (y, mailbox)
 
 
 def mix(

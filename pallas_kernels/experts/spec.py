@@ -13,6 +13,8 @@ from pallas_kernels.blocks import BLOCK, E4M3, BlockScaled
 
 # Standard deviation of an e4m3 number whose bits are random.
 _E4M3_DEVIATION = 127.0
+# Calls of a chain between two that start from a mailbox of zeros.
+_FRESH = 16
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,12 @@ CASES: dict[str, Spec] = {
     "small": Spec(1, 4, 16, 1024, 256, 256, 1),
     "small_one_expert": Spec(1, 1, 16, 1024, 256, 128, 1, distinct=1),
 }
+# Updated in place: the mailbox.
+STATE = (10,)
+# Most rows, and widest expert, of the kernel that has both projections of several rows in one launch.
+JOINED_ROWS, JOINED_WIDTH = 8, 2 * BLOCK
 # For compute-sanitizer.
-SMALL: dict[str, dict[str, Any]] = {"small": {"width": 128}, "small_one_expert": {"width": 128}}
+SMALL: dict[str, dict[str, Any]] = {"small": {"width": 128, "shared_width": 128}, "small_one_expert": {"width": 128}}
 RIVALS: dict[str, dict[str, dict[int, float]]] = {
     "ep4": {"target": {1: 95.0, 8: 696.0}},
     "tp8": {"target": {1: 15.0}},
@@ -86,7 +92,8 @@ def tolerance(spec: Spec, backend: str) -> float:
 
 
 def inputs(spec: Spec, key: jax.Array) -> tuple[Any, ...]:
-    """(x, ids, weights, gate_up, down, shared_gate_up, shared_down, layer, None), made on the device an expert at a time.
+    """(x, ids, weights, gate_up, down, shared_gate_up, shared_down, layer, None, None, mailbox, epoch), made on the device an
+    expert at a time.
 
     The rows hit exactly ``spec.hit`` experts. Weights are e4m3 of all finite values, with scales that give outputs near 1.
     """
@@ -109,7 +116,9 @@ def _inputs(spec: Spec, key: jax.Array) -> tuple[Any, ...]:
         _stack(spec, kd, many, (spec.hidden, spec.width)),
         _stack(spec, ks, (spec.layers,), (2, spec.shared_width, spec.hidden)),
         _stack(spec, kt, (spec.layers,), (spec.hidden, spec.shared_width)),
-        *(jnp.zeros((), jnp.int32), None),
+        *(jnp.zeros((), jnp.int32), None, None),
+        jnp.zeros((mailbox_words(spec.rows, spec.k, spec.width, spec.shared_width),), jnp.int32),
+        jnp.ones((), jnp.int32),
     )
 
 
@@ -135,5 +144,23 @@ def _stack(spec: Spec, key: jax.Array, stack: tuple[int, ...], shape: tuple[int,
 
 def advance(spec: Spec, args: tuple[Any, ...], out: jax.Array, i: int) -> tuple[Any, ...]:
     """The next layer of the stack; the output before becomes an operand that is not read, so that calls stay in order."""
-    *kept, _, _ = args
-    return *kept, jnp.asarray(i % spec.layers, jnp.int32), out
+    kept, (y, mailbox) = args[:7], out
+    # Zeros now and then, so that the epochs of a chain are not those of its run before.
+    mailbox = jnp.zeros_like(mailbox) if i % _FRESH == 0 else mailbox
+    layer, epoch = (jnp.asarray(number, jnp.int32) for number in (i % spec.layers, i % _FRESH + 1))
+    return *kept, layer, y, None, mailbox, epoch
+
+
+def comparable(spec: Spec, out: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Without the mailbox, in which kernels leave what they like."""
+    return out[0]
+
+
+def joined(rows: int, width: int, shared_width: int) -> bool:
+    """Whether the kernel with both projections of several rows in one launch could serve these sizes."""
+    return 2 <= rows <= JOINED_ROWS and width == shared_width <= JOINED_WIDTH and width % BLOCK == 0
+
+
+def mailbox_words(rows: int, k: int, width: int, shared_width: int) -> int:
+    """Words of the mailbox: of the product of all choices, a number in each, in whole units; one where no kernel uses it."""
+    return -(-rows * (k * width + shared_width) // 1024) * 1024 if joined(rows, width, shared_width) else 1

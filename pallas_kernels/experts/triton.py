@@ -242,9 +242,11 @@ def run(
     layer: jax.Array,
     after: Any = None,
     lists: Any = None,
+    mailbox: Any = None,
+    epoch: Any = None,
     plan: Plan | None = None,
-) -> jax.Array:
-    """As ``experts.mix`` describes it; nothing reads ``after``, nor ``lists``, which are those of the kernels for Hopper."""
+) -> Any:
+    """As ``experts.mix`` describes it; nothing reads ``after``, nor what follows it, which is of the kernels for Hopper."""
     plan = plan or plan_for(spec, default_arch())
     table, order = sorted_pairs(spec, plan.block_rows, ids)
     at, blocks, size = layer.reshape(1), -(-spec.rows // plan.block_rows), jax.ShapeDtypeStruct
@@ -265,8 +267,9 @@ def run(
         grid=((blocks + plan.items) * spec.hidden // plan.block_down,),
         out_type=(size((spec.pairs, spec.hidden), jnp.float32), size((spec.rows, spec.hidden), jnp.float32)),
     )  # fmt: skip
-    return jax_triton.triton_call(
+    y = jax_triton.triton_call(
         ids, weights, parts, shared, kernel=combine_kernel, name="experts_combine", num_warps=4, **triton_options(),
         grid=(spec.hidden // 128, spec.rows), out_type=size((spec.rows, spec.hidden), x.dtype),
         K=spec.k, EXPERTS=spec.experts, HIDDEN=spec.hidden, BK=triton.next_power_of_2(spec.k), BC=128,
     )  # fmt: skip
+    return y if mailbox is None else (y, mailbox)

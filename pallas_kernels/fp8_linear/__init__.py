@@ -82,7 +82,8 @@ def norm_linears(
     dtype: jnp.dtype | type | None = None,
     backend: str | None = None,
 ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
-    """Residual add, RMSNorm and the projections of its result: one launch where a GPU backend serves it so (Hopper, one row).
+    """Residual add, RMSNorm and the projections of its result: one launch where a GPU backend serves it so (Hopper: one
+    row, and up to 8 rows of at most 2048 elements without a residual, for as many outputs at most).
 
     Computes: total = x + delta (x itself without delta); normed = norm[index] * total / sqrt(mean(total^2) + eps);
       outs = linears(normed, weights, index).

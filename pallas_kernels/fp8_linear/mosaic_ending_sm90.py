@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.fp8_linear.plan import TILE, Plan
 
 ACC = plgpu.Layout.WGMMA
+_AT_ONCE = 8  # rows
 
 
 class Ending:
@@ -45,8 +46,13 @@ class Ending:
         plgpu.commit_smem()
         plgpu.barrier_arrive(self.done)
         plgpu.barrier_wait(self.done)
-        for row in range(plan.rows):
-            pl.when(self.wg == row % plan.warpgroups)(functools.partial(self.finish, row))
+        # Rows in turn to the warpgroups, some at once: their loads overlap where no branch stands between them.
+        whole = plan.rows // plan.warpgroups
+        for first in range(0, whole, _AT_ONCE):
+            self.finish([i * plan.warpgroups + self.wg for i in range(first, min(first + _AT_ONCE, whole))])
+        if plan.rows % plan.warpgroups:
+            last = whole * plan.warpgroups + self.wg
+            pl.when(last < plan.rows)(functools.partial(self.finish, [last]))
 
     def send(self, totals: tuple[jax.Array, ...]) -> None:
         """The sums of this warpgroup into the leading block's shared memory. That block waits for them: it outlives the copies."""
@@ -75,8 +81,19 @@ class Ending:
             else:
                 self.partial.at[self.wg, m][...] = totals[m]
 
-    def finish(self, row: int) -> None:
-        """Adds the warpgroups' sums in order and stores 64 outputs of one row of x."""
+    def finish(self, rows: list[Any]) -> None:
+        """Adds the warpgroups' sums in order and stores 64 outputs of some rows of x."""
+        results = [self.result(row) for row in rows]
+
+        def store(j: int) -> None:
+            at = pl.ds((self.cta - self.firsts[j]) * TILE, TILE)
+            for row, y in zip(rows, results, strict=True):
+                self.outs[j].at[row, at][...] = y.astype(self.outs[j].dtype)
+
+        self.mine(store)
+
+    def result(self, row: Any) -> jax.Array:
+        """64 outputs of a row of x."""
         plan = self.plan
         values = []
         for m in range(plan.mats):
@@ -87,11 +104,4 @@ class Ending:
             ]
             values.append(functools.reduce(lambda a, b: a + b, parts))
         y = values[0]
-        if plan.mats == 2:
-            y = y / (1.0 + jnp.exp(-y)) * values[1]
-
-        def store(j: int) -> None:
-            at = pl.ds((self.cta - self.firsts[j]) * TILE, TILE)
-            self.outs[j].at[row, at][...] = y.astype(self.outs[j].dtype)
-
-        self.mine(store)
+        return y if plan.mats == 1 else y / (1.0 + jnp.exp(-y)) * values[1]

@@ -1,15 +1,16 @@
 """FP8 block-scaled linear layers for 1 to 64 rows on Hopper, in Pallas Mosaic GPU: launches and their buffers.
 
 One block of threads owns 64 output rows (gate and up rows for SwiGLU) and all of k; where that makes few blocks, a cluster of them
-shares k. What it does is in ``mosaic_tile_sm90``. Up to 8 rows it quantizes x by itself, one row may first become the norm of
-x + delta; more rows come quantized from a launch before (``prefill_split``), because every block would repeat that work.
+shares k. What it does is in ``mosaic_tile_sm90``. Up to 8 rows it quantizes x by itself, and may norm it first (one row: of
+x + delta). More rows come quantized from a launch before, because every block would repeat that work: in W8A16 from that of a norm
+with a residual (``norm_quant.add_norm_split``), else from one of their own (``prefill_split``).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,8 +21,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.blocks import BLOCK, E4M3, BlockScaled
 from pallas_kernels.fp8_linear import prefill_split
 from pallas_kernels.fp8_linear.mosaic_tile_sm90 import Tile
-from pallas_kernels.fp8_linear.norm import add_norm, flat_layer
-from pallas_kernels.fp8_linear.plan import NORM_ROWS, TILE, Plan, plan_for
+from pallas_kernels.fp8_linear.norm import add_norm, add_norm_split, flat_layer
+from pallas_kernels.fp8_linear.plan import TILE, Plan, plan_for
 from pallas_kernels.fp8_linear.spec import Spec
 
 
@@ -38,10 +39,15 @@ def run(
 
     after: an array that must be ready before.
     """
-    if norm is not None and (spec.rows > NORM_ROWS or plan_for(spec) is None):
-        total, normed = add_norm(x, delta, norm, index, spec.eps)
+    if norm is not None and plan_for(spec) is None:
         plain = dataclasses.replace(spec, norm="", delta=False, eps=0.0)
-        return (total, normed, *run(plain, normed, weights, index, after))
+        plan = plan_for(plain)
+        assert plan is not None, plain
+        if delta is None or not plan.ready or plan.terms == 1:
+            total, normed = add_norm(x, delta, norm, index, spec.eps)
+            return (total, normed, *launch(plain, plan, normed, weights, index, after))
+        total, normed, *split = add_norm_split(x, delta, norm, index, spec.eps)
+        return (total, normed, *launch(plain, plan, normed, weights, index, after, quantized=split))
     plan = plan_for(spec)
     assert plan is not None, spec
     return launch(spec, plan, x, weights, index, after, norm, delta)
@@ -56,11 +62,14 @@ def launch(
     after: Any = None,
     norm: jax.Array | None = None,
     delta: jax.Array | None = None,
+    quantized: Sequence[jax.Array] | None = None,
 ) -> tuple[jax.Array, ...]:
-    """``run`` with a plan that serves the spec."""
+    """``run`` with a plan that serves the spec. quantized: x as ``build`` takes it for a plan that is ready, if it is there."""
     view = (spec.rows, plan.blocks, BLOCK)
     operands: list[Any] = [x.reshape(view)]
-    if plan.ready:
+    if quantized is not None:
+        operands = list(quantized)
+    elif plan.ready:
         padded = -(-spec.rows // 32) * 32
         operands = list(prefill_split.build(spec.rows, padded, spec.k, plan.terms)(x.reshape(spec.rows, spec.k)))
     if norm is not None:
@@ -86,29 +95,38 @@ def _scales(plan: Plan, scale: jax.Array) -> jax.Array:
 def build(plan: Plan, out_dtype: str, interpret: Any = None) -> Callable[..., list[jax.Array]]:
     """The kernel of a plan: call(layer [1], x, (norm, delta), (data [stack, n, k], scale [...]) per weight, after).
 
-    x, delta: bfloat16 [rows, blocks, 128]; norm [layers, blocks, 128]; a plan that is ready takes values e4m3
-    [terms, padded rows, k] and scales float32 [blocks, padded rows] for x. Returns normed and total (of a plan with a norm and
-    delta), then the outputs.
+    x, delta: bfloat16 [rows, blocks, 128]; norm [layers, blocks, 128]; a plan that is ready takes for x values e4m3
+    [terms, padded rows, k] and scales float32 [blocks, padded rows]. Returns normed and total (of a plan with a norm and delta),
+    then the outputs.
     """
     tiled = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
     groups, stages, mats, buffers = plan.warpgroups, plan.stages, plan.mats, plan.buffers
     x_shape = (groups, plan.x_slots, plan.atoms, plan.columns, BLOCK)
+    x8_shape = (plan.n, plan.unit * BLOCK) if plan.ready else (plan.atoms, plan.n, BLOCK)
     scratch = {
         "ring": plgpu.SMEM((groups, stages, mats, TILE, plan.step * BLOCK), E4M3, transforms=tiled),
         "scales": plgpu.SMEM((mats, plan.scale_slots), jnp.float32),
-        "x8": plgpu.SMEM((groups, buffers, plan.atoms, plan.n, BLOCK), E4M3, transforms=tiled),
+        "x8": plgpu.SMEM((groups, buffers, *x8_shape), E4M3, transforms=tiled),
         "factors": plgpu.SMEM((groups, buffers, plan.unit, plan.factor_slots), jnp.float32),
         "partial": plgpu.SMEM((groups, mats, TILE, plan.partial), jnp.float32),
         "full": plgpu.Barrier(num_arrivals=mats, num_barriers=groups * stages),
-        "x_full": plgpu.Barrier(num_arrivals=plan.x_arrivals, num_barriers=groups * plan.x_slots),
+        "x_full": plgpu.Barrier(num_arrivals=plan.x_arrivals, num_barriers=1 if plan.whole else groups * plan.x_slots),
         "scales_full": plgpu.Barrier(num_arrivals=mats),
         "done": plgpu.Barrier(num_arrivals=groups),
     }
-    if not plan.ready:
+    if not (plan.ready or plan.whole):
         scratch["xbuf"] = plgpu.SMEM(x_shape, jnp.bfloat16)
     if plan.delta:
         scratch["dbuf"] = plgpu.SMEM(x_shape, jnp.bfloat16)
-    if plan.norm:
+    if plan.whole:
+        scratch["rows"] = plgpu.SMEM((plan.units, plan.columns, plan.unit, BLOCK), jnp.bfloat16)
+        scratch["nbuf"] = plgpu.SMEM((plan.blocks, BLOCK), jnp.dtype(plan.norm))
+        scratch["norm_full"] = plgpu.Barrier()
+        scratch["inverse"] = plgpu.SMEM((groups, plan.columns), jnp.float32)
+        if groups > 1:
+            scratch["squares"] = plgpu.SMEM((groups, plan.columns), jnp.float32)
+            scratch["summed"] = plgpu.Barrier(num_arrivals=groups)
+    elif plan.norm:
         scratch["nbuf"] = plgpu.SMEM((groups, plan.x_slots, plan.unit, BLOCK), jnp.dtype(plan.norm))
         scratch["squares"] = plgpu.SMEM((groups, plan.unit), jnp.float32)
         scratch["summed"] = plgpu.Barrier(num_arrivals=groups)

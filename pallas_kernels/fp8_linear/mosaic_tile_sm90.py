@@ -11,9 +11,7 @@ The columns of one wgmma (8 at least) are used up as follows.
   * W8A16: x is split exactly into e4m3 terms, x/s = hi + lo/16, that take a column each. hi carries 4 bits of the significand and
     lo the other 4 of bfloat16's 8: exact for elements above 2^-14 of their group's largest, and to 2^-22 of it below.
 
-With a norm (of one row) every block of threads adds up the squares of all of x by itself, straight from global memory while its
-first weights are on their way; x then is read once more by TMA, normed and quantized. Block u of threads writes unit u of total and
-normed.
+With a norm (``mosaic_norm_sm90``) x is normed before it is quantized.
 """
 
 from __future__ import annotations
@@ -31,11 +29,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.blocks import BLOCK
 from pallas_kernels.fp8_linear.mosaic_ending_sm90 import ACC as _ACC
 from pallas_kernels.fp8_linear.mosaic_ending_sm90 import Ending
+from pallas_kernels.fp8_linear.mosaic_norm_sm90 import Norm
 from pallas_kernels.fp8_linear.mosaic_quantize_sm90 import GROUPS, split
 from pallas_kernels.fp8_linear.plan import TILE, Plan
 
 
-class Tile(Ending):
+class Tile(Ending, Norm):
     """The work of one block of threads, traced by every warpgroup.
 
     rows: x (or its values and scales, already quantized), norm, delta; arrays: (data, scale) a weight; outs: normed, total, then
@@ -55,28 +54,36 @@ class Tile(Ending):
         spread = plan.units // plan.shares
         # Units of k that this warpgroup walks: share, share + shares, ...
         self.units = spread if plan.even else (plan.units - self.share + plan.shares - 1) // plan.shares
-        self.most_units = spread if plan.even else spread + 1
+        self.most_units = plan.most_units
 
     def compute(self) -> None:
         plan = self.plan
-        for j in range(min(plan.x_slots, self.most_units)):
-            self._when(j < self.units, functools.partial(self.fetch_x, jnp.int32(j)))
-        chunks = self.load_row() if plan.norm else []
+        if plan.whole:
+            self.fetch_rows()
+        else:
+            for j in range(min(plan.x_slots, self.most_units)):
+                self._when(j < self.units, functools.partial(self.fetch_x, jnp.int32(j)))
+        chunks = self.load_row() if plan.norm and plan.one_row else []
         pl.when(self.wg == 0)(self.fetch_scales)
         for i in range(min(plan.stages, self.most_units * plan.steps_per_unit)):
             self._when(i // plan.steps_per_unit < self.units, functools.partial(self.fetch_w, jnp.int32(i)))
-        if plan.norm:
+        if plan.whole:
+            self.sum_rows()
+        elif plan.norm:
             self.sum_squares(chunks)
         if not plan.ready:
             self._when(self.units > 0, functools.partial(self.quantize, jnp.int32(0)))
             plgpu.commit_smem()
-            self._when(plan.x_slots < self.units, functools.partial(self.fetch_x, jnp.int32(plan.x_slots)))
+            if not plan.whole and plan.x_slots < self.most_units:
+                self._when(plan.x_slots < self.units, functools.partial(self.fetch_x, jnp.int32(plan.x_slots)))
         plgpu.barrier_wait(self.scales_full)
         zero = plgpu.layout_cast(jnp.zeros((TILE, plan.width), jnp.float32), _ACC)
         totals = lax.fori_loop(0, self.units, self.unit, (zero,) * plan.mats)
         if plan.split > 1:
             pl.when(self.part > 0)(functools.partial(self.send, totals))
         self._when(True if plan.split == 1 else self.part == 0, functools.partial(self.combine, totals))
+        if plan.whole:
+            plgpu.wait_smem_to_gmem(0)
 
     @staticmethod
     def _when(condition: Any, action: Callable[[], None]) -> None:
@@ -138,16 +145,15 @@ class Tile(Ending):
         """Starts the copies of one unit of x; rows beyond the last are zeros. With a norm, also of delta and the norm's weight."""
         plan, wg = self.plan, self.wg
         unit, slot = iu * plan.shares + self.share, lax.rem(iu, plan.x_slots)
-        barrier, rows = self.x_full.at[wg * plan.x_slots + slot], pl.ds(jnp.int32(0), plan.columns)
+        barrier = self.x_full.at[wg * plan.x_slots + slot]
         if plan.ready:
-            for a in range(plan.unit):
-                block = unit * plan.unit + a
-                for t in range(plan.terms):
-                    values = self.x.at[t, rows, pl.ds(block * BLOCK, BLOCK)]
-                    part = pl.ds(t * plan.columns, plan.columns)
-                    plgpu.copy_gmem_to_smem(values, self.x8.at[wg, slot, a, part, :], barrier)
-                scales = self.more[0].at[block, pl.ds(0, plan.factor_slots)]
-                plgpu.copy_gmem_to_smem(scales, self.factors.at[wg, slot, a], barrier)
+            for t in range(plan.terms):
+                part = pl.ds(t * plan.width, plan.width)
+                k = pl.ds(unit * (plan.unit * BLOCK), plan.unit * BLOCK)
+                values = self.x.at[t, pl.ds(jnp.int32(0), plan.width), k]
+                plgpu.copy_gmem_to_smem(values, self.x8.at[wg, slot, part, :], barrier)
+            scales = self.more[0].at[pl.ds(unit * plan.unit, plan.unit), pl.ds(jnp.int32(0), plan.factor_slots)]
+            plgpu.copy_gmem_to_smem(scales, self.factors.at[wg, slot], barrier)
             return
         pairs = [(self.x, self.xbuf)] + ([(self.more[1], self.dbuf)] if plan.delta else [])
         for source, buffer in pairs:
@@ -164,68 +170,21 @@ class Tile(Ending):
             return ref.at[0, pl.ds(unit * plan.unit, plan.unit), :]
         return ref.at[pl.ds(jnp.int32(0), plan.columns), unit * plan.unit + a, :]
 
-    def load_row(self) -> list[tuple[Any, ...]]:
-        """A share of x and delta, all of a row by the warpgroups of a block, from global memory: (whether it is one, x, delta)."""
-        plan = self.plan
-        refs = (self.x,) + ((self.more[1],) if plan.delta else ())
-        chunks = []
-        for iu in range(-(-plan.units // plan.warpgroups)):
-            unit = iu * plan.warpgroups + self.wg
-            inside = True if plan.units % plan.warpgroups == 0 else unit < plan.units
-            unit = jnp.minimum(unit, plan.units - 1)
-            tiles = (plgpu.load(self.row_part(ref, unit, 0), layout=GROUPS, optimized=False) for ref in refs)
-            chunks.append((inside, *tiles))
-        return chunks
-
-    def sum_squares(self, chunks: list[tuple[Any, ...]]) -> None:
-        """1 / sqrt(mean of squares + eps) into ``inverse``. The order of the sum is the same in all blocks of threads."""
-        plan, wg = self.plan, self.wg
-        total = None
-        for inside, *terms in chunks:
-            square = jnp.square(added(*terms).astype(jnp.float32))
-            square = square if isinstance(inside, bool) else jnp.where(inside, square, 0.0)
-            total = square if total is None else total + square
-        self.squares.at[wg][...] = jnp.sum(total, axis=1)
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(self.summed)
-        plgpu.barrier_wait(self.summed)
-        # In all lanes and rows of the tile at once: a vector operation costs what a scalar one does.
-        shape = (plan.unit,)
-        parts = [
-            plgpu.layout_cast(jnp.full(shape, self.squares[g, i]), GROUPS.reduce(1))
-            for g in range(plan.warpgroups)
-            for i in range(plan.unit)
-        ]
-        mean = functools.reduce(lambda a, b: a + b, parts) * (1 / plan.k)
-        self.inverse.at[wg][...] = lax.rsqrt(mean + plan.eps)
-        plgpu.commit_smem()
-
-    def normed(self, unit: Any, slot: Any, tile: Any) -> Any:
-        """A tile of x plus delta after the norm, bfloat16; one block of threads writes both to global memory."""
-        plan, wg = self.plan, self.wg
-        if plan.delta:
-            tile = added(tile, plgpu.load(self.dbuf.at[wg, slot, 0], layout=GROUPS, optimized=False))
-        weight = plgpu.load(self.nbuf.at[wg, slot], layout=GROUPS, optimized=False).astype(jnp.float32)
-        result = (tile.astype(jnp.float32) * self.inverse[wg, 0] * weight).astype(jnp.bfloat16)
-
-        def keep() -> None:
-            for out, value in zip(self.row_outs, (result, tile), strict=False):
-                self.row_part(out, unit, 0)[...] = value
-
-        pl.when(self.cta == lax.rem(unit, plan.tiles))(keep)
-        return result
-
     def quantize(self, iu: Any) -> None:
         """x of one unit of k to e4m3 terms in ``x8``, its scales in ``factors``."""
         plan, wg = self.plan, self.wg
-        slot, buffer = lax.rem(iu, plan.x_slots), lax.rem(iu, 2)
-        columns = plan.columns
-        plgpu.barrier_wait(self.x_full.at[wg * plan.x_slots + slot])
+        slot, buffer = lax.rem(iu, plan.x_slots), lax.rem(iu, plan.buffers)
+        columns, unit = plan.columns, iu * plan.shares + self.share
+        if not plan.whole:
+            plgpu.barrier_wait(self.x_full.at[wg * plan.x_slots + slot])
         column = plgpu.broadcasted_iota(jnp.int32, (columns,), 0, layout=GROUPS.reduce(1))
         # All loads come before all stores, and nothing branches: the chains of the tiles overlap.
-        tiles = [plgpu.load(self.xbuf.at[wg, slot, a], layout=GROUPS, optimized=False) for a in range(plan.atoms)]
-        if plan.norm:
-            tiles = [self.normed(iu * plan.shares + self.share, slot, tiles[0])]
+        if plan.whole:
+            tiles = self.normed_rows(unit)
+        else:
+            tiles = [plgpu.load(self.xbuf.at[wg, slot, a], layout=GROUPS, optimized=False) for a in range(plan.atoms)]
+        if plan.norm and plan.one_row:
+            tiles = [self.normed(unit, slot, tiles[0])]
         terms, scales = zip(*(split(tile.astype(jnp.float32), plan.terms) for tile in tiles), strict=True)
         for a in range(plan.atoms):
             for t, term in enumerate(terms[a]):
@@ -252,17 +211,18 @@ class Tile(Ending):
                 at = self.factors.at[wg, buffer, s * plan.step + g, pl.ds(0, plan.width)]
                 factor = plgpu.load(at, layout=_ACC.reduce(0), optimized=False)
                 factors += [factor * self.scales[m, skips[m] + block + g] for m in range(plan.mats)]
-            if s == 0 and not plan.ready:
+            if s == 0 and not plan.ready and self.most_units > 1:
                 pl.when(iu + 1 < self.units)(functools.partial(self.quantize, iu + 1))
             plgpu.barrier_wait(self.full.at[wg * plan.stages + slot])
             products = self.multiply(slot, buffer, s)
             # Orders x8 for wgmma, and says that all four warps are through with this slot.
             plgpu.commit_smem()
             following = i + plan.stages
-            pl.when(following < self.units * plan.steps_per_unit)(functools.partial(self.fetch_w, following))
-            if s == (plan.steps_per_unit - 1 if plan.ready else 0):
-                more = iu + plan.x_slots + (0 if plan.ready else 1)
-                pl.when(more < self.units)(functools.partial(self.fetch_x, more))
+            if plan.stages < self.most_units * plan.steps_per_unit:
+                pl.when(following < self.units * plan.steps_per_unit)(functools.partial(self.fetch_w, following))
+            ahead = plan.x_slots + (0 if plan.ready else 1)
+            if s == (plan.steps_per_unit - 1 if plan.ready else 0) and ahead < self.most_units and not plan.whole:
+                pl.when(iu + ahead < self.units)(functools.partial(self.fetch_x, iu + ahead))
             for j, (product, factor) in enumerate(zip(products, factors, strict=True)):
                 wide = plgpu.layout_cast(lax.broadcast_in_dim(factor, (TILE, plan.width), (1,)), _ACC)
                 sums[j % plan.mats] = sums[j % plan.mats] + product * wide
@@ -278,7 +238,11 @@ class Tile(Ending):
                 g, m, t = j // (plan.mats * terms), j // terms % plan.mats, j % terms
                 atom = 0 if plan.one_row else s * plan.step + g
                 block = self.ring.at[self.wg, slot, m, :, pl.ds(g * BLOCK, BLOCK)]
-                columns = self.x8.at[self.wg, buffer, atom, pl.ds(t * plan.width, plan.width), :]
+                part = pl.ds(t * plan.width, plan.width)
+                if plan.ready:
+                    columns = self.x8.at[self.wg, buffer, part, pl.ds(atom * BLOCK, BLOCK)]
+                else:
+                    columns = self.x8.at[self.wg, buffer, atom, part, :]
                 plgpu.wgmma(acc, block, columns.T)
             products = [acc[...] for acc in accumulators]
             if terms == 1:
@@ -287,8 +251,3 @@ class Tile(Ending):
 
         kinds = [plgpu.ACC((TILE, plan.width), jnp.float32)] * (plan.step * plan.mats * terms)
         return pl.run_scoped(body, *kinds)
-
-
-def added(x: Any, delta: Any = None) -> Any:
-    """x + delta, rounded to bfloat16."""
-    return x if delta is None else (x.astype(jnp.float32) + delta.astype(jnp.float32)).astype(jnp.bfloat16)

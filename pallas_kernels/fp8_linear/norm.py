@@ -23,3 +23,17 @@ def add_norm(
     added = None if delta is None else delta.reshape(rows)
     total, normed = norm_quant.add_norm(x.reshape(rows), added, norm.reshape(rows), layer, eps)
     return total.reshape(x.shape), normed.reshape(x.shape)
+
+
+def add_norm_split(
+    x: jax.Array,
+    delta: jax.Array,
+    norm: jax.Array,
+    index: tuple[int | jax.Array, ...],
+    eps: float,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """``add_norm`` and the e4m3 terms of the norm, with their scales, as ``norm_quant.add_norm_split`` lays them out."""
+    layer, rows = flat_layer(norm.shape[:-1], index), (-1, x.shape[-1])
+    given = (x.reshape(rows), delta.reshape(rows), norm.reshape(rows))
+    total, normed, values, scales = norm_quant.add_norm_split(*given, layer, eps)
+    return total.reshape(x.shape), normed.reshape(x.shape), values, scales

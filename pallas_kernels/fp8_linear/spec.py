@@ -77,7 +77,12 @@ def _cases() -> dict[str, Spec]:
         for name, (k, ns, form) in shapes.items()
         for arithmetic in ("w8a8", "w8a16")
     }
-    for name, delta in (("norm_q_a_kv_a", False), ("add_norm_q_a_kv_a", True), ("norm_q_b", False)):
+    for name, delta in (
+        ("norm_q_a_kv_a", False),
+        ("add_norm_q_a_kv_a", True),
+        ("norm_q_b", False),
+        ("norm_q_b_tp8", False),
+    ):
         for arithmetic in ("w8a8", "w8a16"):
             plain = cases[f"{name.partition('norm_')[2]}_{arithmetic}"]
             cases[f"{name}_{arithmetic}"] = dataclasses.replace(plain, norm="bfloat16", delta=delta, eps=1e-5)

@@ -9,6 +9,7 @@ from pallas_kernels import registry
 from pallas_kernels.arch import Arch
 from pallas_kernels.blocks import BlockScaled, Weight
 from pallas_kernels.index_keys.spec import BOTH, QUERY, WRITE, Spec
+from pallas_kernels.layer_index import layer_index
 from pallas_kernels.registry import Backend, Module, Refusal, always, needs_sm80
 
 
@@ -42,7 +43,7 @@ def write(
     """
     spec = _spec(WRITE, x, cos, wk=wk, cache=cache)
     unused = (None, None)
-    args = (cache, None, x, wk, norm_weight, norm_bias, *unused, jnp.asarray(layer, jnp.int32), slots, cos, sin)
+    args = (cache, None, x, wk, norm_weight, norm_bias, *unused, layer_index(layer), slots, cos, sin)
     return registry.call("index_keys", BACKENDS, spec, args, forced=backend)
 
 
@@ -75,7 +76,7 @@ def query(
     """
     spec = _spec(QUERY, x, cos, latent, wq_b=wq_b, proj=weights_proj, quantized=quantized, arithmetic=arithmetic)
     unused = (None, None, None)
-    layer = jnp.asarray(layer, jnp.int32)
+    layer = layer_index(layer)
     args = (None, latent, x, *unused, wq_b, weights_proj, layer, None, cos, sin)
     return registry.call("index_keys", BACKENDS, spec, args, forced=backend)
 
@@ -106,7 +107,7 @@ def write_and_query(
     spec = _spec(
         BOTH, x, cos, latent, wk=wk, wq_b=wq_b, proj=weights_proj, cache=cache, quantized=quantized, arithmetic=arithmetic
     )  # fmt: skip
-    layer = jnp.asarray(layer, jnp.int32)
+    layer = layer_index(layer)
     args = (cache, latent, x, wk, norm_weight, norm_bias, wq_b, weights_proj, layer, slots, cos, sin)
     return registry.call("index_keys", BACKENDS, spec, args, forced=backend)
 

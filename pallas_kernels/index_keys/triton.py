@@ -21,6 +21,7 @@ from pallas_kernels.e4m3_triton import from_e4m3, to_e4m3_bits
 from pallas_kernels.index_keys.plan import Plan, plan_for
 from pallas_kernels.index_keys.reference import LAYER_NORM_EPS
 from pallas_kernels.index_keys.spec import QUERY, WRITE, Spec
+from pallas_kernels.layer_triton import layer_argument, layer_of
 from pallas_kernels.lowering import default_arch, triton_options
 from pallas_kernels.paged import INDEX_SCALE_FLOOR, PAGE
 
@@ -38,12 +39,12 @@ def project_kernel(
     split, tile = tl.program_id(0), tl.program_id(1)
     row, lane = tl.program_id(2).to(tl.int64) * BM + tl.arange(0, BM), tl.arange(0, 128)
     live = row < ROWS
-    which = tl.load(layer).to(tl.int64)
+    which = layer_of(layer).to(tl.int64)
     rows = x + row[:, None] * HIDDEN + lane[None, :]
     out = partial + (split.to(tl.int64) * ROWS + row)[:, None] * WIDTH
     if tile < KEY_TILES:
         n = tile * BN + tl.arange(0, BN)
-        columns = wk + (tl.load(wk_layer).to(tl.int64) * DIM + n)[:, None] * HIDDEN + lane[None, :]
+        columns = wk + (layer_of(wk_layer).to(tl.int64) * DIM + n)[:, None] * HIDDEN + lane[None, :]
         keys = tl.zeros([BM, BN], tl.float32)
         for block in range(split * BLOCKS, split * BLOCKS + BLOCKS):
             a = tl.load(rows + block * 128, mask=live[:, None], other=0.0)
@@ -110,7 +111,7 @@ def finish_kernel(
     si = tl.load(sin + row * (ROPE // 2) + pair, mask=pair < ROPE // 2, other=0.0)
     if KEYS and part == 0:
         _write_key(
-            partial, norm, bias, cache, tl.load(layer), tl.load(slots + row), row, co, si,
+            partial, norm, bias, cache, layer_of(layer), tl.load(slots + row), row, co, si,
             ROWS, DIM, WIDTH, SPLITS, PADDED, PAGES, PAGE, EPS, FLOOR,
         )  # fmt: skip
     elif QUERIES:
@@ -135,7 +136,7 @@ def run(
     bias: jax.Array | None,
     wq_b: Weight | None,
     proj: jax.Array | None,
-    layer: jax.Array,
+    layer: int | jax.Array,
     slots: jax.Array | None,
     cos: jax.Array,
     sin: jax.Array,
@@ -144,8 +145,7 @@ def run(
     """Outputs of the spec's form: the cache, (q, w), or (cache, q, w)."""
     plan = plan or plan_for(spec, default_arch())
     keys, queries = spec.form != QUERY, spec.form != WRITE
-    at = layer.reshape(1)
-    partial = _project(spec, plan, x, wk, proj, at)
+    partial = _project(spec, plan, x, wk, proj, layer)
     # What a form has no use for is passed as a dummy and not touched.
     q = partial
     if latent is not None and wq_b is not None:
@@ -155,7 +155,8 @@ def run(
     shape = (spec.rows, spec.heads, spec.head_dim) if queries else (1, 1, 1)
     out_type = (jax.ShapeDtypeStruct(shape, kind), jax.ShapeDtypeStruct(shape[:2], jnp.float32))
     q8, w = jax_triton.triton_call(
-        q, partial, x if norm is None else norm, x if bias is None else bias, at, at if slots is None else slots,
+        q, partial, x if norm is None else norm, x if bias is None else bias, layer_argument(layer),
+        x if slots is None else slots,
         cos, sin, target, kernel=finish_kernel, out_type=out_type,
         grid=(spec.rows, keys + (spec.heads // plan.block_heads if queries else 0)), name=f"index_{spec.form}",
         num_warps=plan.finish_warps, **triton_options(), ROWS=spec.rows, HEADS=spec.heads, DIM=spec.head_dim,
@@ -171,12 +172,13 @@ def run(
 
 
 def _project(
-    spec: Spec, plan: Plan, x: jax.Array, wk: Weight | None, proj: jax.Array | None, layer: jax.Array
+    spec: Spec, plan: Plan, x: jax.Array, wk: Weight | None, proj: jax.Array | None, layer: int | jax.Array
 ) -> jax.Array:
     """Sums over slices of the hidden size, float32 [splits, rows, keys' head_dim | heads]."""
     data, scale, at = (x, x, layer) if wk is None else _operand(wk, layer, plan.native)
+    places = (layer_argument(layer), layer_argument(at))
     return jax_triton.triton_call(
-        x, data, scale, x if proj is None else proj, layer, at, kernel=project_kernel,
+        x, data, scale, x if proj is None else proj, *places, kernel=project_kernel,
         out_type=jax.ShapeDtypeStruct((plan.splits, spec.rows, spec.outputs), jnp.float32),
         grid=(plan.splits, plan.key_tiles + (spec.form != WRITE), -(-spec.rows // plan.block_rows)),
         name="index_project", num_warps=plan.project_warps, num_stages=plan.stages, **triton_options(),
@@ -186,11 +188,11 @@ def _project(
     )  # fmt: skip
 
 
-def _operand(w: Weight, layer: jax.Array, native: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(stack, scales, index int32 [1] into the stack). A GPU without e4m3 gets one layer's bytes: Triton refuses the type there."""
+def _operand(w: Weight, layer: int | jax.Array, native: bool) -> tuple[jax.Array, jax.Array, int | jax.Array]:
+    """(stack, scales, index into the stack). A GPU without e4m3 gets one layer's bytes: Triton refuses the type there."""
     if not isinstance(w, BlockScaled):
         return w, w, layer
     if native:
         return w.data, w.scale, layer
-    one = jax.lax.bitcast_convert_type(jax.lax.dynamic_index_in_dim(w.data, layer[0]), jnp.uint8)
-    return one, w.scale, jnp.zeros_like(layer)
+    one = jax.lax.bitcast_convert_type(jax.lax.dynamic_index_in_dim(w.data, layer), jnp.uint8)
+    return one, w.scale, 0

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels import registry
 from pallas_kernels.arch import Arch
 from pallas_kernels.latent_write.spec import Spec
+from pallas_kernels.layer_index import layer_index
 from pallas_kernels.registry import Backend, Module, Refusal, always, needs_sm80
 
 
@@ -42,7 +42,7 @@ def write(
         *(kv_a.shape[0], norm.shape[-1], kv_a.shape[1] - norm.shape[-1], cache.shape[0], cache.shape[1]),
         *(kv_a.dtype.name, cache.dtype.name, float(eps)),
     )
-    args = (kv_a, norm, cache, jnp.asarray(layer, jnp.int32), slots, cos, sin)
+    args = (kv_a, norm, cache, layer_index(layer), slots, cos, sin)
     return registry.call("latent_write", BACKENDS, spec, args, forced=backend)
 
 

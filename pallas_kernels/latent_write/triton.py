@@ -9,6 +9,7 @@ import triton.language as tl
 
 from pallas_kernels.e4m3_triton import quantize_rows
 from pallas_kernels.latent_write.spec import Spec
+from pallas_kernels.layer_triton import layer_argument, layer_of
 from pallas_kernels.lowering import triton_options
 
 
@@ -21,7 +22,7 @@ def write_row(
 
     Everything is loaded before anything is used or decided: the row's time is one memory latency, not four.
     """
-    slot, which = tl.load(slots + row), tl.load(layer)
+    slot, which = tl.load(slots + row), layer_of(layer)
     group, lane = tl.arange(0, 4)[:, None], tl.arange(0, 128)[None, :]
     column = group * 128 + lane
     pair = tl.arange(0, 32)
@@ -62,14 +63,14 @@ def run(
     kv_a: jax.Array,
     norm: jax.Array,
     cache: jax.Array,
-    layer: jax.Array,
+    layer: int | jax.Array,
     slots: jax.Array,
     cos: jax.Array,
     sin: jax.Array,
 ) -> jax.Array:
     target = jax.new_ref(cache)
     jax_triton.triton_call(
-        kv_a, norm, target, layer.reshape(1), slots, cos, sin, kernel=write_kernel, out_type=(),
+        kv_a, norm, target, layer_argument(layer), slots, cos, sin, kernel=write_kernel, out_type=(),
         grid=(spec.rows,), name="latent_write", num_warps=4, **triton_options(),
         EPS=spec.eps, CAPACITY=spec.pages * 64, WIDTH=spec.width, QUANT=spec.cache_dtype == "uint8",
     )  # fmt: skip

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels import registry
 from pallas_kernels.arch import Arch
 from pallas_kernels.blocks import BlockScaled, Weight
+from pallas_kernels.layer_index import layer_index
 from pallas_kernels.mla_front.spec import Spec
 from pallas_kernels.registry import Backend, Module, Refusal, always, needs_sm80
 
@@ -41,7 +41,7 @@ def query(
     Source: spec section 5.2.
     """
     spec = _spec(q_a, q_b, w_uk, cos, eps, arithmetic)
-    args = (q_a, norm, q_b, w_uk, jnp.asarray(layer, jnp.int32), cos, sin)
+    args = (q_a, norm, q_b, w_uk, layer_index(layer), cos, sin)
     return registry.call("mla_front", BACKENDS, spec, args, forced=backend)
 
 
@@ -74,7 +74,7 @@ def query_and_write(
     """
     spec = _spec(q_a, q_b, w_uk, cos, eps, arithmetic)
     spec = dataclasses.replace(spec, cache_dtype=cache.dtype.name, pages=cache.shape[1])
-    args = (q_a, norm, q_b, w_uk, jnp.asarray(layer, jnp.int32), cos, sin, cache, (kv_a, kv_norm, slots))
+    args = (q_a, norm, q_b, w_uk, layer_index(layer), cos, sin, cache, (kv_a, kv_norm, slots))
     return registry.call("mla_front", BACKENDS, spec, args, forced=backend)
 
 

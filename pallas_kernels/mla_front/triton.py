@@ -17,6 +17,7 @@ import triton.language as tl
 from pallas_kernels import fp8_linear, latent_write
 from pallas_kernels.blocks import Weight
 from pallas_kernels.latent_write.triton import write_row
+from pallas_kernels.layer_triton import layer_argument, layer_of
 from pallas_kernels.loaded_triton import loaded
 from pallas_kernels.lowering import triton_options
 from pallas_kernels.mla_front.spec import Spec
@@ -105,7 +106,7 @@ def absorb_kernel(
         _rotate(q, cos, sin, out, program * _ROTATED, ROWS * HEADS, HEADS, NOPE, ROPE, LATENT)
         return
     program -= ROTATES
-    which = tl.load(layer).to(tl.int64)
+    which = layer_of(layer).to(tl.int64)
     TILES: tl.constexpr = LATENT // BC
     head, column = program // TILES % HEADS, program % TILES * BC + tl.arange(0, BC)
     if ROWS == 1:
@@ -119,7 +120,7 @@ def absorb(
     spec: Spec,
     q: jax.Array,
     w_uk: jax.Array,
-    layer: jax.Array,
+    layer: int | jax.Array,
     cos: jax.Array,
     sin: jax.Array,
     cache: Any = None,
@@ -127,13 +128,13 @@ def absorb(
 ) -> tuple[jax.Array, ...]:
     """q [rows, heads * (nope + rope)] -> absorbed query [rows, heads, kv_lora_rank + rope]; with a key (kv_a, kv_norm, slots) also
     the cache with its rows written."""
-    kv_a, kv_norm, slots = key or (q, q, layer)
+    kv_a, kv_norm, slots = key or (q, q, q)
     target = jax.new_ref(cache) if key else q
     rows, columns = tile(spec)
     tiles = spec.kv_lora_rank // columns * spec.heads * -(-spec.rows // rows)
     writes, rotates = spec.rows if key else 0, -(-spec.rows * spec.heads // _ROTATED.value)
     query = jax_triton.triton_call(
-        q, w_uk, layer.reshape(1), cos, sin, kv_a, kv_norm, slots, target, kernel=absorb_kernel,
+        q, w_uk, layer_argument(layer), cos, sin, kv_a, kv_norm, slots, target, kernel=absorb_kernel,
         out_type=jax.ShapeDtypeStruct((spec.rows, spec.heads, spec.kv_lora_rank + spec.rope), q.dtype),
         grid=(writes + rotates + tiles,), name="mla_absorb", num_warps=4, **triton_options(),
         ROWS=spec.rows, HEADS=spec.heads, NOPE=spec.nope, ROPE=spec.rope, LATENT=spec.kv_lora_rank, BM=rows, BC=columns,
@@ -155,7 +156,7 @@ def run(
     norm: jax.Array,
     q_b: Weight,
     w_uk: jax.Array,
-    layer: jax.Array,
+    layer: int | jax.Array,
     cos: jax.Array,
     sin: jax.Array,
     cache: Any = None,

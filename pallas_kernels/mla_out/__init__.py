@@ -12,7 +12,7 @@ from pallas_kernels import registry
 from pallas_kernels.arch import Arch
 from pallas_kernels.blocks import BlockScaled, Weight
 from pallas_kernels.mla_out.spec import Spec
-from pallas_kernels.registry import Backend, Module, Refusal, always, needs_sm80
+from pallas_kernels.registry import Backend, Module, Refusal, always, needs_sm80, needs_sm90
 
 
 def output(
@@ -21,6 +21,7 @@ def output(
     o_proj: Weight,
     layer: int | jax.Array,
     *,
+    lse: jax.Array | None = None,
     arithmetic: str = "w8a16",
     backend: str | None = None,
 ) -> jax.Array:
@@ -29,20 +30,43 @@ def output(
     Computes: concat_h(W_UV[layer, h] @ context[h]) @ o_proj[layer].T.
     Inputs: context [rows, heads, kv_lora_rank]; w_uv [layers, heads, v, kv_lora_rank]; o_proj [layers, hidden, heads * v], head
       major; layer: static or traced scalar. With a shard of the heads the result is that shard's summand.
-    Outputs: [rows, hidden] in context's dtype.
-    Rounding points: the values and the output, each once to context's dtype.
-    Refuses: the Triton backend takes bfloat16, v a multiple of 32 and kv_lora_rank of 128; everything else is the reference's.
+      With lse, float32 [rows, parts, heads], the context comes in parts, float32 [rows, parts, heads, kv_lora_rank], which are
+      averaged with the weights exp(lse) (``sparse_mla.attend(..., apart=True)``); one part is taken as it is.
+    Outputs: [rows, hidden] in context's dtype, of parts in w_uv's.
+    Rounding points: the context of several parts, the values and the output, each once to the output's dtype.
+    Refuses: the GPU backends take bfloat16; Gluon's 2 to 8 rows in up to 64 parts, v 256 and kv_lora_rank 512; Triton's v a
+      multiple of 32 and kv_lora_rank of 128 (it merges up to 16 parts of one row itself); everything else is the reference's.
     Graph-safe: yes; two launches.
     Bound: bytes of W_UV[layer] (16.8 MB in bfloat16 at GLM's shape) and of o_proj[layer] (100.7 MB in FP8).
     Source: spec section 5.2.
     """
+    if lse is not None and context.shape[1] == 1:
+        context, lse = context[:, 0], None
     heads, v, latent = w_uv.shape[1:]
     spec = Spec(
         *(context.shape[0], heads, v, latent, o_proj.shape[-2], w_uv.shape[0]),
-        *(context.dtype.name, w_uv.dtype.name, isinstance(o_proj, BlockScaled), arithmetic),
+        *((context if lse is None else w_uv).dtype.name, w_uv.dtype.name, isinstance(o_proj, BlockScaled), arithmetic),
+        parts=0 if lse is None else context.shape[1],
     )
-    args = (context, w_uv, o_proj, jnp.asarray(layer, jnp.int32))
+    lead = (spec.rows, spec.parts, heads) if spec.parts else (spec.rows, heads)
+    if context.shape != (*lead, latent) or (lse is not None and lse.shape != lead):
+        raise ValueError(
+            f"context {context.shape}, lse {None if lse is None else lse.shape}: {spec} needs {lead} and {latent}"
+        )
+    args = (context, w_uv, o_proj, jnp.asarray(layer, jnp.int32), *(() if lse is None else (lse,)))
     return registry.call("mla_out", BACKENDS, spec, args, forced=backend)
+
+
+def _gluon_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
+    if refusal := needs_sm90(arch):
+        return refusal
+    if (spec.dtype, spec.weight_dtype) != ("bfloat16", "bfloat16"):
+        return Refusal(f"{spec.dtype} rows and {spec.weight_dtype} W_UV: the kernel takes bfloat16")
+    if (spec.v, spec.kv_lora_rank) != (256, 512):
+        return Refusal(f"v {spec.v} and kv_lora_rank {spec.kv_lora_rank} must be 256 and 512")
+    if not 0 < spec.parts <= 64 or not 1 < spec.rows <= 8:
+        return Refusal(f"{spec.parts} parts of {spec.rows} rows: the kernel merges 1 to 64 parts of 2 to 8 rows")
+    return None
 
 
 def _triton_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
@@ -62,6 +86,7 @@ def _load_reference() -> Callable[..., Any]:
 
 
 BACKENDS = (
+    Backend("gluon", _gluon_supports, Module("pallas_kernels.mla_out.gluon_parts")),
     Backend("triton", _triton_supports, Module("pallas_kernels.mla_out.triton")),
     Backend("reference", always, _load_reference),
 )

@@ -15,7 +15,10 @@ from pallas_kernels import fp8_linear
 from pallas_kernels.blocks import Weight
 from pallas_kernels.loaded_triton import loaded
 from pallas_kernels.lowering import triton_options
+from pallas_kernels.mla_out import reference
 from pallas_kernels.mla_out.spec import Spec
+
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -31,6 +34,29 @@ def up_project_row_kernel(
     x = tl.load(context + head * LATENT + inner)
     total = tl.sum(w.to(tl.float32) * x.to(tl.float32)[None, :], 1)
     tl.store(out + head * V + column, total.to(tl.bfloat16))
+
+
+@triton.jit
+def up_project_parts_row_kernel(
+    parts, lse, w_uv, layer, out,
+    HEADS: tl.constexpr, V: tl.constexpr, LATENT: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """Grid (value tiles, heads), one row. parts [1, PARTS, heads, latent], lse [1, PARTS, heads] -> out [1, heads, v]."""
+    head = tl.program_id(1)
+    column = tl.program_id(0) * BV + tl.arange(0, BV)
+    inner = tl.arange(0, LATENT)
+    part = tl.arange(0, PADDED)
+    log_sum = tl.load(lse + part * HEADS + head, mask=part < PARTS, other=float("-inf")) * LOG2E
+    at = parts + (part * HEADS + head)[:, None] * LATENT + inner[None, :]
+    x = tl.load(at, mask=(part < PARTS)[:, None], other=0.0)
+    start = (tl.load(layer).to(tl.int64) * HEADS + head) * V * LATENT
+    w = tl.load(w_uv + start + column[:, None] * LATENT + inner[None, :], eviction_policy="evict_first")
+    peak = tl.max(log_sum, 0)
+    weight = tl.exp2(log_sum - tl.where(peak == float("-inf"), 0.0, peak))
+    total = tl.sum(weight, 0)
+    merged = tl.sum(x * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
+    values = tl.sum(w.to(tl.float32) * merged.to(tl.bfloat16).to(tl.float32)[None, :], 1)
+    tl.store(out + head * V + column, values.to(tl.bfloat16))
 
 
 @triton.jit
@@ -99,6 +125,28 @@ def up_project(spec: Spec, context: jax.Array, w_uv: jax.Array, layer: jax.Array
     )  # fmt: skip
 
 
-def run(spec: Spec, context: jax.Array, w_uv: jax.Array, o_proj: Weight, layer: jax.Array) -> jax.Array:
-    values = up_project(spec, context, w_uv, layer)
+def merges(spec: Spec) -> bool:
+    """Whether W_UV's programs merge the parts: of one row, few enough for each program to read all of its head."""
+    latent = spec.kv_lora_rank
+    return spec.rows == 1 and spec.parts <= 16 and latent & (latent - 1) == 0
+
+
+def up_project_parts(spec: Spec, parts: jax.Array, lse: jax.Array, w_uv: jax.Array, layer: jax.Array) -> jax.Array:
+    """parts float32 [1, parts, heads, kv_lora_rank] with natural logs of their sums -> values [1, heads * v]."""
+    return jax_triton.triton_call(
+        parts, lse, w_uv, layer.reshape(1), kernel=up_project_parts_row_kernel, grid=(spec.v // 16, spec.heads),
+        name="mla_up_project_parts_row", num_warps=8, **triton_options(),
+        out_type=jax.ShapeDtypeStruct((1, spec.heads * spec.v), w_uv.dtype),
+        HEADS=spec.heads, V=spec.v, LATENT=spec.kv_lora_rank, BV=16, PARTS=spec.parts, PADDED=triton.next_power_of_2(spec.parts),
+    )  # fmt: skip
+
+
+def run(
+    spec: Spec, context: jax.Array, w_uv: jax.Array, o_proj: Weight, layer: jax.Array, lse: jax.Array | None = None
+) -> jax.Array:
+    if lse is not None and merges(spec):
+        values = up_project_parts(spec, context, lse, w_uv, layer)
+    else:
+        context = context if lse is None else reference.merged(context, lse, w_uv.dtype)
+        values = up_project(spec, context, w_uv, layer)
     return fp8_linear.linear(values, o_proj, (layer,), arithmetic=spec.arithmetic)

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels import registry
 from pallas_kernels.arch import Arch
+from pallas_kernels.layer_index import layer_index
 from pallas_kernels.norm_quant import reference
 from pallas_kernels.norm_quant.spec import Spec
 from pallas_kernels.registry import Backend, Module, Refusal, always, needs_sm80
@@ -113,6 +113,32 @@ def add_norm_quantize(
     return total, values, scale
 
 
+def add_norm_split(
+    x: jax.Array,
+    residual: jax.Array,
+    weight: jax.Array,
+    layer: int | jax.Array,
+    eps: float,
+    *,
+    backend: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """``add_norm`` whose norm also comes as the two e4m3 terms that ``fp8_linear`` multiplies for W8A16 on Hopper.
+
+    Computes: (h, normed) of ``add_norm``; values and scales with normed = scale * (values[0] + values[1] / 16), by groups of 128:
+      scale is the power of two that max(amax, 2^-100) / 448 rounds up to, so that the terms are exact for elements above 2^-14
+      of the group's largest.
+    Inputs: as ``add_norm``, n a multiple of 128.
+    Outputs: h and normed [rows, n]; values float8_e4m3fn [2, padded, n], scales float32 [n / 128, padded], padded = rows rounded
+      up to 32; anything beyond the rows.
+    Rounding points: as ``add_norm``, then one a term. Refuses: ValueError for another n.
+    Graph-safe: yes. Source: spec sections 4 and 5.
+    """
+    if x.shape[1] % 128:
+        raise ValueError(f"the width of {x.shape} must be a multiple of 128")
+    total, normed, values, scales = _fused(x, residual, weight, layer, eps, False, backend, True)
+    return total, normed, values, scales
+
+
 def _fused(
     x: jax.Array,
     residual: jax.Array | None,
@@ -121,6 +147,7 @@ def _fused(
     eps: float,
     quantize: bool,
     backend: str | None,
+    split: bool = False,
 ) -> tuple[jax.Array, ...]:
     if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
         raise ValueError(f"residual {residual.shape} {residual.dtype} must match x {x.shape} {x.dtype}")
@@ -128,8 +155,8 @@ def _fused(
         raise ValueError(f"weight of shape {weight.shape} must be [layers, {x.shape[1]}]")
     layers, kind = (1, "none") if weight is None else (weight.shape[0], weight.dtype.name)
     sizes = (x.shape[0], x.shape[1], layers, x.dtype.name, kind)
-    spec = Spec(*sizes, residual is not None, weight is not None, quantize, float(eps))
-    args = (x, residual, weight, jnp.asarray(layer, jnp.int32))
+    spec = Spec(*sizes, residual is not None, weight is not None, quantize, float(eps), split)
+    args = (x, residual, weight, layer_index(layer))
     return registry.call("norm_quant", BACKENDS, spec, args, forced=backend)
 
 
@@ -138,6 +165,8 @@ def _triton_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
         return refusal
     if spec.dtype != "bfloat16":
         return Refusal(f"rows are {spec.dtype}, the kernel takes bfloat16")
+    if spec.split and arch is not None and arch.sm < 89:
+        return Refusal(f"e4m3 terms need a GPU that converts to them, SM89 or newer, got SM{arch.sm}")
     if spec.width > 16384:
         return Refusal(f"width {spec.width} exceeds 16384, what one program holds in registers")
     return None

@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.blocks import E4M3_MAX, to_e4m3
-from pallas_kernels.norm_quant.spec import Spec
+from pallas_kernels.blocks import E4M3, E4M3_MAX, to_e4m3
+from pallas_kernels.norm_quant.spec import Spec, padded
 from pallas_kernels.products import rounded
 
 
@@ -52,7 +52,26 @@ def fused(
         results = (x,)
     if weight is not None:
         x = rms_norm(x, weight[layer], spec.eps)
+    if spec.split:
+        return (*results, x, *split(x))
     return (*results, *quantize_groups(x)) if spec.quantize else (*results, x)
+
+
+def split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x [rows, k] as ``norm_quant.add_norm_split`` describes its last two results; zeros beyond the rows."""
+    rows, k = x.shape
+    groups = x.astype(jnp.float32).reshape(rows, k // 128, 128)
+    # The power of two that amax / 448 rounds up to.
+    amax = jnp.maximum(jnp.max(jnp.abs(groups), axis=-1), 2.0**-100) * (1 / E4M3_MAX)
+    bits = (jax.lax.bitcast_convert_type(amax, jnp.int32) + 0x7FFFFF) & 0x7F800000
+    scale = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    q = groups / scale[..., None]
+    # The barrier keeps XLA for GPUs from simplifying f32 -> e4m3 -> f32 away.
+    high = jax.lax.optimization_barrier(q.astype(E4M3))
+    low = ((q - high.astype(jnp.float32)) * 16).astype(E4M3)
+    values = jnp.stack([part.reshape(rows, k) for part in (high, low)])
+    beyond = padded(rows) - rows
+    return jnp.pad(values, ((0, 0), (0, beyond), (0, 0))), jnp.pad(scale.T, ((0, 0), (0, beyond)))
 
 
 def _row(weight: jax.Array, like: jax.Array) -> jax.Array:

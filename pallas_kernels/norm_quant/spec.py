@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 @dataclass(frozen=True)
 class Spec:
-    """One call. ``add``: a residual is added first; ``norm``: RMSNorm; ``quantize``: e4m3 by groups of 128 at the end."""
+    """One call. ``add``: a residual is added first; ``norm``: RMSNorm; ``quantize``: e4m3 by groups of 128 at the end; ``split``:
+    beside the norm itself its two e4m3 terms, as ``fp8_linear`` reads many rows for W8A16 on Hopper."""
 
     rows: int
     width: int
@@ -23,6 +24,7 @@ class Spec:
     norm: bool
     quantize: bool
     eps: float
+    split: bool = False
 
     def flops(self) -> int:
         """A few operations an element, never the limit."""
@@ -33,12 +35,17 @@ class Spec:
         size = jnp.dtype(self.dtype).itemsize
         out = (size if self.add else 0) + (1 if self.quantize else size)
         weight = self.width * jnp.dtype(self.weight_dtype).itemsize if self.norm else 0
-        scales = 4 * -(-self.width // 128) * self.rows if self.quantize else 0
-        return self.rows * self.width * (size * (1 + self.add) + out) + scales + weight
+        scales = 4 * -(-self.width // 128) * self.rows if self.quantize or self.split else 0
+        return self.rows * self.width * (size * (1 + self.add) + out + 2 * self.split) + scales + weight
 
 
-def _glm(width: int, add: bool, norm: bool, quantize: bool) -> Spec:
-    return Spec(1, width, 1, "bfloat16", "bfloat16", add, norm, quantize, 1e-5)
+def _glm(width: int, add: bool, norm: bool, quantize: bool, split: bool = False) -> Spec:
+    return Spec(1, width, 1, "bfloat16", "bfloat16", add, norm, quantize, 1e-5, split)
+
+
+def padded(rows: int) -> int:
+    """Rows of the terms and of their scales."""
+    return -(-rows // 32) * 32
 
 
 CASES: dict[str, Spec] = {
@@ -48,6 +55,7 @@ CASES: dict[str, Spec] = {
     "norm_quantize_6144": _glm(6144, False, True, True),
     "add_norm_6144": _glm(6144, True, True, False),
     "add_norm_quantize_6144": _glm(6144, True, True, True),
+    "add_norm_split_6144": _glm(6144, True, True, False, True),
 }
 RIVALS: dict[str, dict[str, dict[int, float]]] = {}
 
@@ -72,6 +80,11 @@ def inputs(spec: Spec, key: jax.Array) -> tuple[Any, ...]:
 
 def comparable(spec: Spec, out: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     """Quantized values times their scales, so that a step of a scale and one of its values do not count twice."""
+    if spec.split:
+        total, normed, values, scales = out
+        scale = jnp.repeat(scales[:, : spec.rows].T, 128, axis=-1)
+        high, low = values[:, : spec.rows].astype(jnp.float32)
+        return total, normed, (high + low / 16) * scale
     if not spec.quantize:
         return out
     *rest, values, scale = out

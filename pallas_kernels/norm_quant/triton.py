@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.e4m3_triton import quantize_rows
+from pallas_kernels.layer_triton import layer_argument, layer_of
 from pallas_kernels.lowering import triton_options
+from pallas_kernels.norm_quant import split_triton
 from pallas_kernels.norm_quant.spec import Spec
 
 
@@ -28,7 +30,7 @@ def row_kernel(
     live = column < WIDTH
     # Everything is loaded before anything is used: behind the sum, the layer and its weight were two more memory latencies.
     if NORM:
-        start = tl.load(layer).to(tl.int64) * WIDTH
+        start = layer_of(layer).to(tl.int64) * WIDTH
     y = tl.load(x + row * WIDTH + column, mask=live, other=0.0).to(tl.float32)
     if ADD:
         delta = tl.load(residual + row * WIDTH + column, mask=live, other=0.0)
@@ -52,8 +54,11 @@ def row_kernel(
 
 
 def run(
-    spec: Spec, x: jax.Array, residual: jax.Array | None, weight: jax.Array | None, layer: jax.Array
+    spec: Spec, x: jax.Array, residual: jax.Array | None, weight: jax.Array | None, layer: int | jax.Array
 ) -> tuple[jax.Array, ...]:
+    if spec.split:
+        assert residual is not None and weight is not None, spec
+        return split_triton.run(spec, x, residual, weight, layer)
     groups = -(-spec.width // 128)
     shape = (spec.rows, spec.width)
     unused = jax.ShapeDtypeStruct((1,), jnp.float32)
@@ -63,7 +68,7 @@ def run(
         jax.ShapeDtypeStruct((spec.rows, groups), jnp.float32) if spec.quantize else unused,
     )
     total, out, scales = jax_triton.triton_call(
-        x, x if residual is None else residual, x if weight is None else weight, layer.reshape(1), kernel=row_kernel,
+        x, x if residual is None else residual, x if weight is None else weight, layer_argument(layer), kernel=row_kernel,
         out_type=out_type, grid=(spec.rows,), name="norm_quant", num_warps=16 if spec.width > 2048 else 4,
         **triton_options(), WIDTH=spec.width, GROUPS=groups, PADDED=triton.next_power_of_2(groups), EPS=spec.eps,
         ADD=spec.add, NORM=spec.norm, QUANT=spec.quantize,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import registry
 from pallas_kernels.arch import Arch
+from pallas_kernels.layer_index import layer_index
 from pallas_kernels.registry import Backend, Module, Refusal, always, needs_sm80
 from pallas_kernels.router.spec import Spec, mailbox_words
 
@@ -71,13 +72,13 @@ def add_norm_route(
       unit: rows of an item of the experts (``experts.list_unit()``), 0 for no lists.
     Outputs: total and normed [rows, hidden] in x's dtype; ids and weights as ``route``; lists, what ``experts.mix`` would make of
       the ids first: (pairs and items up to and with each expert int32 [2, experts], pairs by expert int32 [rows * k]), or None
-      where the launch does not make them (unit 0, fewer than 3 or more than 8 rows, more than 8 choices); mailbox, zeros again.
+      where the launch does not make them (unit below the rows, one row or more than 8, more than 8 choices); mailbox, zeros again.
     Rounding points: total once; the norm is taken of the rounded total, in float32, and rounded once; the rest as ``route``.
-    Refuses: as ``route``; ValueError for a delta, a norm or a mailbox of another shape. One launch for up to 4 rows
-      of bfloat16, up to 8 with a hidden size that is a multiple of 256; three for more.
+    Refuses: as ``route``; ValueError for a delta, a norm or a mailbox of another shape. One launch for up to 8 rows of bfloat16
+      with a gate of bfloat16 and up to 256 experts; three for others.
     In place: the mailbox, under jit where it is no parameter, or donated. Graph-safe: yes; the same bits in every call and, up to
-      8 rows, for a row whatever is in the rows beside it. Programs wait for each other there: those that wait for all are the
-      last of the grid, those that wait for neighbours are at most 4.
+      8 rows, for a row whatever is in the rows beside it. Programs wait for each other there: for such as are before them in the
+      grid, and the last, as many as rows, for each other.
     Bound: bytes of gate[layer] once (3.1 MB in bfloat16 at GLM's shape).
     Source: spec sections 5 and 5.5.
     """
@@ -93,7 +94,8 @@ def add_norm_route(
         raise ValueError(f"mailbox {mailbox.dtype}{mailbox.shape} must be int32({words},): {x.shape=}, {gate.shape=}")
     if delta is not None and (delta.shape, delta.dtype) != (x.shape, x.dtype):
         raise ValueError(f"delta {delta.shape} {delta.dtype} must match x {x.shape} {x.dtype}")
-    args = (x, gate, bias, jnp.asarray(layer, jnp.int32), None, norm, delta, mailbox)
+    # A number that is known goes along with the launch, and the kernel has nothing to wait for before it loads gate.
+    args = (x, gate, bias, layer_index(layer), None, norm, delta, mailbox)
     total, normed, ids, weights, lists, mailbox = registry.call("router", BACKENDS, spec, args, forced=backend)
     return total, normed, ids, weights, lists, mailbox
 

@@ -32,7 +32,7 @@ class Spec:
     @property
     def unit_here(self) -> int:
         """``unit`` where the launch makes the experts' lists."""
-        return self.unit if self.k <= 8 and slices_of(self) else 0
+        return self.unit if 1 < self.rows <= self.unit and self.k <= 8 and slices_of(self) else 0
 
     def flops(self) -> int:
         return 2 * self.rows * self.hidden * self.experts
@@ -52,15 +52,13 @@ CASES: dict[str, Spec] = {
     "glm_norm": Spec(1, 6144, 256, 8, 1, "bfloat16", "bfloat16", 2.5, "bfloat16", True, 1e-5),
     "small_norm": Spec(1, 512, 23, 6, 1, "bfloat16", "bfloat16", 2.5, "bfloat16", False, 1e-5),
 }
-# Most rows of the launch that repeats the norm in every program and reads gate for each row.
-NORM_ROWS = 4
-# The launch for several rows: fewest and most rows (a warp chooses for a row), experts of a program, its warps, each of which takes
-# 32 of k at a time, most slices of k.
-FEWEST_ROWS, MOST_ROWS, TILE, WARPS, MOST_SLICES = 3, 8, 8, 8, 4
+# The launch for few rows: most rows (a warp chooses for a row), most experts (8 a lane), warps of a program, each of which takes 32
+# of k at a time, experts of a program, most slices of k.
+MOST_ROWS, MOST_EXPERTS, WARPS, TILE, MOST_SLICES = 8, 256, 4, 16, 8
 # Updated in place: the mailbox.
 STATE = (7,)
 # For compute-sanitizer.
-SMALL: dict[str, dict[str, Any]] = {"small": {}, "small_norm": {}}
+SMALL: dict[str, dict[str, Any]] = {"small": {}, "small_norm": {"delta": True, "unit": 8}}
 RIVALS: dict[str, dict[str, dict[int, float]]] = {"glm_norm": {"target": {1: 4.0}}}
 
 
@@ -118,20 +116,25 @@ def comparable(spec: Spec, out: tuple[jax.Array, ...]) -> Any:
 
 
 def slices_of(spec: Spec) -> int:
-    """Slices of the hidden size in the launch for several rows; 0 where it does not serve."""
-    if not FEWEST_ROWS <= spec.rows <= MOST_ROWS or (spec.dtype, spec.gate_dtype) != ("bfloat16", "bfloat16"):
+    """Slices of the hidden size in the launch for few rows; 0 where it does not serve."""
+    if (
+        spec.rows > MOST_ROWS
+        or spec.experts > MOST_EXPERTS
+        or (spec.dtype, spec.gate_dtype) != ("bfloat16", "bfloat16")
+    ):
         return 0
     return _slices(spec.hidden)
 
 
 def _slices(hidden: int) -> int:
-    blocks = hidden // (32 * WARPS)
-    return min(blocks & -blocks, MOST_SLICES) if hidden % (32 * WARPS) == 0 else 0
+    blocks = -(-hidden // (32 * WARPS))
+    return next(n for n in range(MOST_SLICES, 0, -1) if blocks % n == 0)
 
 
 def mailbox_words(rows: int, hidden: int, experts: int) -> int:
-    """Words in which the programs of a launch meet: a logit of each slice, and the sums of squares."""
-    words = rows * experts if rows <= NORM_ROWS else 1
-    if FEWEST_ROWS <= rows <= MOST_ROWS:
-        words = max(words, _slices(hidden) * (rows * experts + -(-experts // TILE) * MOST_ROWS))
-    return words
+    """Words in which the programs of a launch meet: a logit of each slice, 1 / RMS of each row for each program, a row's choice for
+    each row."""
+    if rows > MOST_ROWS or experts > MOST_EXPERTS:
+        return 1
+    programs = -(-experts // TILE) * _slices(hidden)
+    return programs * (rows * TILE + MOST_ROWS) + rows * rows * 32

@@ -3,7 +3,7 @@
 Two launches. ``logits_kernel`` splits gate by experts and by slices of the hidden size, so that every SM has a part of its few
 megabytes, all of it in flight at once. ``choose_kernel`` has a program a row, which adds the slices in a fixed order and chooses:
 score and index are one 64-bit number whose maximum is the next expert, so a tie goes to the lower index by itself.
-With a norm, few rows are one launch (``gluon_norm``, ``gluon_rows``); more have ``norm_quant``'s before these two.
+With a norm, few rows are one launch (``gluon_few``); more have ``norm_quant``'s before these two.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import triton.language as tl
 
 from pallas_kernels import norm_quant
 from pallas_kernels.lowering import triton_options
-from pallas_kernels.router import gluon_norm, gluon_rows
-from pallas_kernels.router.spec import NORM_ROWS, Spec, slices_of
+from pallas_kernels.router import gluon_few
+from pallas_kernels.router.spec import Spec, slices_of
 
 _SMALLEST = tl.constexpr(-(2**63))
 # One program an SM, or nearly; a slice is no shorter than 128.
@@ -129,7 +129,7 @@ def run(
     x: jax.Array,
     gate: jax.Array,
     bias: jax.Array,
-    layer: jax.Array,
+    layer: int | jax.Array,
     after: Any = None,
     norm: jax.Array | None = None,
     delta: jax.Array | None = None,
@@ -139,9 +139,8 @@ def run(
     if mailbox is None:
         return _route(spec, x, gate, bias, layer)
     if slices_of(spec):
-        return gluon_rows.run(spec, x, gate, bias, layer, norm, delta, mailbox)
-    if spec.rows <= NORM_ROWS and spec.dtype == "bfloat16":
-        return gluon_norm.run(spec, x, gate, bias, layer, norm, delta, mailbox)
+        return gluon_few.run(spec, x, gate, bias, layer, norm, delta, mailbox)
+    layer = jnp.asarray(layer, jnp.int32)
     if norm is None:
         total = normed = x if delta is None else x + delta
     else:

@@ -26,6 +26,7 @@ def attend(
     kv_lora_rank: int,
     scale: float,
     splits: int = 0,
+    apart: bool = False,
     backend: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Absorbed multi-query attention of each row over its own slots.
@@ -33,14 +34,16 @@ def attend(
     Computes: p = softmax_j(scale * q[h] . key_j) over the selected slots; context[h] = sum_j p_j * key_j[:kv_lora_rank].
     Inputs: q [rows, heads, kv_lora_rank + rope]; cache [layers, pages, 64, width] (formats in ``paged``); layer: static or
       traced scalar, in range; slots int32 [rows, k], negative or out of the cache = not selected, any order (padding is how
-      a row's length is given); scale: (nope + rope)^-1/2; splits: programs that share the keys of one row, 0 = by size.
+      a row's length is given); scale: (nope + rope)^-1/2; splits: programs that share the keys of one row, 0 = by size; apart: the
+      caller merges what the splits made (``mla_out.output`` does, with W_UV, in the launch that this would need).
     Outputs: context [rows, heads, kv_lora_rank] in q's dtype; lse float32 [rows, heads], the natural log of the sum of
-      exponentials, for merging shards of a context (-inf and a zero context where nothing is selected).
+      exponentials, for merging shards of a context (-inf and a zero context where nothing is selected). With ``apart`` [rows,
+      parts, heads, ...]: float32 contexts, each over a share of the keys; one part, in q's dtype, where the backend merges.
     Rounding points: FP8 latents are dequantized to q's dtype; scores, softmax and sums in float32; one rounding at the end.
       The GPU backends also round the softmax weights to bfloat16 for the second product. Of an e4m3 NaN byte in a selected
       slot (no writer of ``paged`` makes one) the Triton backend makes 480 times the scale, Gluon a NaN context. Gluon's
       scores of FP8 latents are sums of e4m3 products, which the tensor cores add up with about 14 bits, a group of 128 at a time.
-      Gluon's kernel for up to 8 heads and 16 rows is as Triton's here; it rounds weight times scale instead of latent times scale,
+      Gluon's kernel for few heads and rows is as Triton's here; it rounds weight times scale instead of latent times scale,
       and takes queries below 2^27.
     Refuses: the GPU backends take bfloat16 queries, kv_lora_rank 512, rope 64; everything else is the reference's.
     In place: nothing. Graph-safe: yes; a fixed number of splits gives the same bits in every call. What is not selected is
@@ -58,7 +61,7 @@ def attend(
             cache.shape[0],
             cache.shape[1],
         ),
-        *(q.dtype.name, cache.dtype.name, float(scale), splits),
+        *(q.dtype.name, cache.dtype.name, float(scale), splits, apart),
     )
     if cache.shape[-1] != spec.width:
         raise ValueError(f"cache rows hold {cache.shape[-1]} elements of {cache.dtype}, {spec} needs {spec.width}")
@@ -68,7 +71,8 @@ def attend(
             f"[{spec.rows}, k]"
         )
     args = (q, cache, jnp.asarray(layer, jnp.int32), slots)
-    return registry.call("sparse_mla", BACKENDS, spec, args, forced=backend)
+    context, lse = registry.call("sparse_mla", BACKENDS, spec, args, forced=backend)
+    return (context[:, None], lse[:, None]) if apart and context.ndim == 3 else (context, lse)
 
 
 def _sizes(spec: Spec) -> Refusal | None:

@@ -8,7 +8,6 @@ from triton.experimental.gluon import language as gl
 ROWS_OF_WORDS = gl.constexpr(gl.SwizzledSharedLayout(4, 1, 8, [1, 0]))
 ROWS_OF_HALVES = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
 FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-ROWS_OF_HEADS = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 1, [1, 0]))
 
 
 def _moved(*picks: str) -> gl.constexpr:
@@ -88,10 +87,16 @@ def scale_column(N):
 
 
 @gluon.constexpr_function
-def all_warps(G):
-    """[G warps, 8 heads]: a thread has what all warps found for the two heads of its accumulators' columns."""
-    lanes = [[0, 2], [0, 4], [0, 0], [0, 0], [0, 0]]
-    return gl.DistributedLinearLayout([[0, 1], *_powers(1, G)], lanes, [[0, 0], [0, 0]], [], [G, 8])
+def rows_of_heads(H):
+    """Weights [keys, H heads], bfloat16: eight rows of sixteen bytes are in different banks."""
+    return gl.SwizzledSharedLayout(8, 64 // H, H // 8, [1, 0])
+
+
+@gluon.constexpr_function
+def all_warps(G, H):
+    """[G warps, H heads]: a thread has what all warps found for the heads of its accumulators' columns."""
+    own = [[0, 1], *([0, step] for step, _ in _powers(8, H)), *_powers(1, G)]
+    return gl.DistributedLinearLayout(own, [[0, 2], [0, 4], [0, 0], [0, 0], [0, 0]], [[0, 0], [0, 0]], [], [G, H])
 
 
 @gluon.constexpr_function
@@ -104,18 +109,20 @@ def value_words(N):
 MMA = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8]))
 LEFT = gl.constexpr(gl.DotOperandLayout(0, MMA.value, 2))
 RIGHT = gl.constexpr(gl.DotOperandLayout(1, MMA.value, 2))
-# [8 heads, 128 latents]: four latents in a row a thread, of the query and of the accumulators.
-QUERY_WORDS = gl.constexpr(
-    gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [0, 16], [0, 32], [0, 64]],
-        *([[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]], [[0, 0], [0, 0]], [], [8, 128]),
-    )
-)
-OUT = gl.constexpr(
-    gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [1, 0]],
-        *([[2, 0], [4, 0], [0, 4], [0, 8], [0, 16]], [[0, 32], [0, 64]], [], [8, 128]),
-    )
-)
 QUERY_LINES = gl.constexpr(gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0]))
 QUERY_ROPE_LINES = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+
+
+# [H heads, 128 latents]: four latents in a row a thread, of the query and of the accumulators.
+@gluon.constexpr_function
+def query_words(H):
+    own = [[0, 1], [0, 2], [0, 16], [0, 32], [0, 64], *_powers(8, H)]
+    lanes = [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(own, lanes, [[0, 0], [0, 0]], [], [H, 128])
+
+
+@gluon.constexpr_function
+def out_words(H):
+    own = [[0, 1], [0, 2], [1, 0], *_powers(8, H)]
+    lanes = [[2, 0], [4, 0], [0, 4], [0, 8], [0, 16]]
+    return gl.DistributedLinearLayout(own, lanes, [[0, 32], [0, 64]], [], [H, 128])

@@ -67,18 +67,29 @@ def hopper_plan(spec: Spec, arch: Arch | None) -> Plan:
 
 
 def one_tile_each(spec: Spec) -> bool:
-    """Whether Gluon's kernel for few heads serves: up to 8 heads, one tile of keys a program and all programs resident at once."""
-    resident = spec.rows * -(-spec.k // 64) <= 4 * 128 and spec.k <= 4096
-    return spec.quantized and spec.heads <= 8 and resident and not spec.splits
+    """Whether Gluon's kernel for few heads serves: one tile of keys a program and all programs resident at once."""
+    resident = spec.heads <= 8 or (spec.heads <= 16 and spec.rows <= 8)
+    resident = resident and spec.rows * -(-spec.k // 64) <= 4 * 128 and spec.k <= 4096
+    return spec.quantized and resident and not spec.splits
+
+
+def few_cluster(spec: Spec) -> int:
+    """How many splits that kernel merges through shared memory: of one row eight, where the parts go on to W_UV.
+
+    Measured with W_UV, 8 and 16 heads: 1 row 8.5 and 9.3 us so, 8.7 and 10.1 with 64 parts merged there. 8 rows: no gain.
+    """
+    return 8 if spec.apart and spec.rows == 1 else 1
 
 
 def few_plan(spec: Spec, arch: Arch | None) -> Plan:
     """The plan of that kernel. A tile is small while the SMs are not all busy, since all its copies are under way at once.
 
     Measured on the H200 with the merge, 8 heads of 2048 keys, tiles of 32 and 64: 1 row 7.1 and 7.4 us, 2 rows 7.8 and 7.9,
-    4 rows 9.5 and 9.0; 8 rows 11.7 with 64 keys.
+    4 rows 9.5 and 9.0; 8 rows 11.7 with 64 keys. 16 heads with W_UV: 1 row 10.1 in two programs of 8 heads a tile of 32 keys,
+    10.8 in one of 16; 2 rows 13.6, 13.6, and 12.0 with 64 keys and 16 heads; 4 rows 14.5, in two programs 15.0.
     """
     sms = arch.num_sms if arch and arch.num_sms else _SMS
-    block_keys = 32 if spec.rows * -(-spec.k // 64) <= sms // 2 else 64
+    small = spec.rows * -(-spec.k // 64) <= sms // 2 and (spec.heads <= 8 or spec.rows == 1)
+    block_keys = 32 if small else 64
     splits, tiles = cut(spec, block_keys, -(-spec.k // block_keys))
-    return Plan(8, block_keys, splits, tiles, 4, 1)
+    return Plan(8 if spec.heads <= 8 or small else 16, block_keys, splits, tiles, 4, 1)

@@ -15,7 +15,8 @@ _ROW_BYTES = {"uint8": 1, "bfloat16": 2, "float32": 4}
 
 @dataclass(frozen=True)
 class Spec:
-    """One call. q_dtype and cache_dtype are numpy names; splits 0 leaves the number of key splits to the plan."""
+    """One call. q_dtype and cache_dtype are numpy names; splits 0 leaves the number of key splits to the plan; apart: the caller
+    takes the splits' parts."""
 
     rows: int
     heads: int
@@ -28,6 +29,7 @@ class Spec:
     cache_dtype: str
     scale: float
     splits: int = 0
+    apart: bool = False
 
     @property
     def quantized(self) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import re
 import sys
 import threading
 import time
@@ -50,6 +51,9 @@ class Value:
     def __bool__(self) -> bool:
         return bool(self.array)
 
+    def __index__(self) -> int:
+        return int(self.array)
+
 
 def raw(x: Any) -> Any:
     return x.array if isinstance(x, Value) else x
@@ -91,7 +95,7 @@ for _name in [
     "ne",
 ]:
     setattr(Value, f"__{_name}__", _operator(f"__{_name}__"))
-for _name in ["add", "sub", "mul", "truediv", "and", "or"]:
+for _name in ["add", "sub", "mul", "truediv", "and", "or", "lshift"]:
     setattr(Value, f"__r{_name}__", _operator(f"__r{_name}__"))
 
 
@@ -140,13 +144,21 @@ def _atomic_add(pointer: Pointer, value: int, sem: str, scope: str) -> Value:
     return Value(old)
 
 
-def _atomic_xchg(pointer: Pointer, value: Any, sem: str, scope: str, mask: Any = True) -> None:
+def _atomic_xchg(pointer: Pointer, value: Any, sem: str, scope: str, mask: Any = True) -> Value:
     time.sleep(1e-4 * np.random.default_rng().integers(3))
+    old = _load(pointer, mask)
     _store(pointer, value, mask)
+    return old
 
 
 def _asm(text: str, constraints: str, args: list[Any], dtype: Any, is_pure: bool, pack: int) -> Value:
-    """What the PTX of ``top_k.gluon_bins`` and ``top_k.gluon_slices`` does."""
+    """What the PTX of ``top_k.gluon_bins``, ``top_k.gluon_slices`` and ``router.gluon_few`` does."""
+    if text.startswith("mov.b32"):
+        return args[0]
+    if text.startswith("popc"):
+        return Value(np.bitwise_count(raw(args[0]).view(np.uint32)).astype(np.int32))
+    if "ld.relaxed" in text:
+        return _wait_for_words(text, args, dtype, pack)
     if ".shared .align" in text:
         _local.shared = np.full(2052, 0xDEADBEEF, np.uint32)
         return Value(np.uint32(_BASE))
@@ -166,6 +178,39 @@ def _asm(text: str, constraints: str, args: list[Any], dtype: Any, is_pure: bool
         assert "st.shared.u32 [$1], 0" in text, text
         _local.shared[index] = 0
     return Value(np.uint32(0))
+
+
+def _wait_for_words(text: str, args: list[Any], dtype: Any, pack: int) -> Any:
+    """Loads again and again until no word is zero; sums where there are several of an output, and zeros for who asks for that."""
+    loads = re.findall(r"ld\.relaxed\.gpu\.global\S* (\{[^}]*\}|\S+), \[\$\d+(?: \+ (\d+))?\];", text)
+    loads = loads[: len(loads) // pack]
+    words = [int(offset or 0) // 4 + i for names, offset in loads for i in range(names.count(",") + 1)]
+    outputs = len(dtype) if isinstance(dtype, tuple) else 1
+    pointer, asked = args
+    at, asked = np.broadcast_arrays(pointer.offset, raw(asked) != 0)
+    at_words = at[asked][:, None] + np.asarray(words)
+    Pointer(pointer.buffer, at_words).at(True)
+    found = pointer.buffer[at_words]
+    for _ in range(100_000):
+        if (found != 0).all():
+            break
+        time.sleep(1e-4)
+        found = pointer.buffer[at_words]
+    else:
+        raise AssertionError("a program waited in vain")
+    if "st.global" in text:
+        assert text.count("st.global") == len(loads) * pack
+        pointer.buffer[at_words] = 0
+    parts = found.reshape(len(found), len(words) // outputs, outputs)
+    total = parts[:, 0]
+    for i in range(1, parts.shape[1]):
+        total = (total.view(np.float32) + parts[:, i].view(np.float32)).view(np.int32)
+    values = []
+    for i in range(outputs):
+        value = np.zeros(asked.shape, np.int32)
+        value[asked] = total[:, i]
+        values.append(Value(value))
+    return tuple(values) if isinstance(dtype, tuple) else values[0]
 
 
 def _reduce(function: Callable[..., Any]) -> Callable[[Value, int], Value]:
@@ -206,7 +251,8 @@ def _language() -> types.ModuleType:
         full=lambda shape, value, dtype, layout=None: Value(np.full(shape, value, dtype)),
         where=_where, minimum=_both(np.minimum), maximum=_both(np.maximum), sum=_reduce(np.sum), max=_reduce(np.max),
         cdiv=lambda a, b: (a + (b - 1)) // b, load=_load, store=_store, atomic_add=_atomic_add, inline_asm_elementwise=_asm,
-        associative_scan=lambda x, axis, add: Value(np.cumsum(x.array, dtype=x.array.dtype)),
+        associative_scan=lambda x, axis, add: Value(np.cumsum(x.array, axis, dtype=x.array.dtype)),
+        split=lambda x: (x[..., 0], x[..., 1]), join=lambda a, b: Value(np.stack([a.array, b.array], -1)),
         convert_layout=lambda x, layout, assert_trivial=False: x, thread_barrier=lambda: None, BlockedLayout=layout,
         SliceLayout=layout, NVMMADistributedLayout=layout, DotOperandLayout=layout, bfloat16=jnp.bfloat16, float32=np.float32,
         zeros=lambda shape, dtype, layout=None: Value(np.zeros(shape, dtype)), zeros_like=lambda x: Value(np.zeros_like(x.array)),
@@ -232,7 +278,7 @@ def _triton_call(
     **sizes: int,
 ) -> tuple[jax.Array, ...]:
     """Runs every program in a thread; outputs start as garbage, references are written back."""
-    arrays = [np.array(a[...]).ravel() for a in args]
+    arrays = [Value(np.int32(a)) if isinstance(a, int) else Pointer(np.array(a[...]).ravel()) for a in args]
     sizes_of = [np.dtype(o.dtype).itemsize * int(np.prod(o.shape)) for o in out_type]
     outputs = [np.frombuffer(b"\xa5" * n, np.dtype(o.dtype)).copy() for n, o in zip(sizes_of, out_type, strict=True)]
     failures: list[BaseException] = []
@@ -240,7 +286,7 @@ def _triton_call(
     def program(index: tuple[int, ...]) -> None:
         _local.program, _local.grid, _local.warps = index, grid, num_warps
         try:
-            kernel(*(Pointer(a) for a in (*arrays, *outputs)), **sizes)
+            kernel(*arrays, *(Pointer(a) for a in outputs), **sizes)
         except BaseException as error:
             failures.append(error)
 
@@ -252,8 +298,8 @@ def _triton_call(
     if failures:
         raise failures[0]
     for arg, array in zip(args, arrays, strict=True):
-        if not isinstance(arg, jax.Array):
-            arg[...] = jnp.asarray(array.reshape(arg.shape))
+        if not isinstance(arg, jax.Array | int):
+            arg[...] = jnp.asarray(array.buffer.reshape(arg.shape))
     return tuple(jnp.asarray(o.reshape(t.shape)) for o, t in zip(outputs, out_type, strict=True))
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from pallas_kernels.blocks import BlockScaled, take
 from pallas_kernels.compare import rel_l2
-from pallas_kernels.experts import mix
+from pallas_kernels.experts import mailbox_words, mix
 from pallas_kernels.experts.spec import CASES, Spec, inputs, tolerance
 
 pytestmark = pytest.mark.gpu
@@ -100,3 +100,33 @@ def test_offsets_beyond_32_bits(rows: int, backend: str) -> None:
     whole = run((x, ids, weights, *stacks), 2, backend)
     alone = run((x, ids, weights, *(take(w, (slice(2, 3),)) for w in stacks)), 0, backend)  # type: ignore[arg-type]
     np.testing.assert_array_equal(whole, alone)
+
+
+@pytest.mark.parametrize("rows", [2, 5, 8])
+@pytest.mark.parametrize("case", ["small", "tp8_57"])
+def test_many_calls_on_one_mailbox(case: str, rows: int) -> None:
+    """Layers, rows and choices in turn, so that words of a call before would show: the bits of calls on mailboxes of their own."""
+    spec = dataclasses.replace(CASES[case], rows=rows, layers=2)
+    x, ids, *rest = made(spec, rows)
+    fewer = jnp.where(jnp.arange(spec.k) % 3 == 1, -1, ids[::-1])
+    calls = [(a, b, layer) for a, b in ((x, ids), (x[::-1], fewer)) for layer in range(2)]
+    alone = [np.asarray(RUN(a, b, *rest, jnp.int32(layer)).astype(jnp.float32)) for a, b, layer in calls]
+    box = jnp.zeros((mailbox_words(rows, spec.k, spec.width, spec.shared_width),), jnp.int32)
+    for n in range(200):
+        a, b, layer = calls[n % 4]
+        y, box = RUN(a, b, *rest, jnp.int32(layer), mailbox=box, epoch=jnp.int32(n + 1))
+        if n < 8 or n % 10 < 4:
+            np.testing.assert_array_equal(np.asarray(y.astype(jnp.float32)), alone[n % 4], err_msg=f"call {n}")
+
+
+@pytest.mark.parametrize("width", [128, 256])
+def test_a_row_does_not_depend_on_its_batch(width: int) -> None:
+    """The same bits beside other rows, which choose other experts."""
+    spec = dataclasses.replace(SMALL, rows=8, width=width, shared_width=width)
+    x, ids, weights, *stacks = made(spec)
+    others = jnp.flip(ids, 1).at[0].set(ids[0]).at[1:3].set(-1)
+    got, want = (
+        run((a, b, weights, *stacks), backend="mosaic_sm90") for a, b in ((x.at[1:].multiply(3), others), (x, ids))
+    )
+    np.testing.assert_array_equal(got[0], want[0])
+    assert np.any(got[4] != want[4])

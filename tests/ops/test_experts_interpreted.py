@@ -71,7 +71,7 @@ def _check_experts() -> None:
 
     for rows, k, experts, width, shared, native in MIXED:
         spec = Spec(rows, k, experts, 256, width, shared, 2)
-        x, ids, weights, *stacks, _, _ = inputs(spec, jax.random.key(rows))
+        x, ids, weights, *stacks, _, _, _, _, _ = inputs(spec, jax.random.key(rows))
         plan = dataclasses.replace(plan_for(spec, None), native=native)
         random = np.random.default_rng(rows).integers(-3, experts + 2, ids.shape).astype(np.int32)
         for name, chosen in (

@@ -50,7 +50,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 def both(spec: Spec, plan: Any, change: Any = lambda *args: args) -> tuple[np.ndarray, np.ndarray]:
     """(kernel, reference) at the last layer as float32. change: (x, ids, weights, *stacks) -> the same; the reference gets the
     weights without NaN."""
-    *args, _, _ = inputs(spec, jax.random.key(spec.rows))
+    *args, _, _, _, _, _ = inputs(spec, jax.random.key(spec.rows))
     x, ids, weights, *stacks = change(*args)
     layer = jnp.asarray(spec.layers - 1, jnp.int32)
     got = np.asarray(mosaic_sm90.run(spec, x, ids, weights, *stacks, layer, plan=plan).astype(jnp.float32))
@@ -100,7 +100,7 @@ def test_tiles_of_down_that_span_two_rows_of_scales() -> None:
     hidden = 384
     spec = Spec(1, 2, 4, hidden, 128, 128, 2)
     plan = OneRow(2, 4, hidden, 128, 128, 2, 2, 48, 1, 1, 2, 1, 2)
-    _, ids, weights, _, down, _, shared, layer, _ = inputs(spec, jax.random.key(3))
+    _, ids, weights, _, down, _, shared, layer, *_ = inputs(spec, jax.random.key(3))
     h = jax.random.normal(jax.random.key(4), (plan.down_units * 8, 128), jnp.float32).astype(jnp.bfloat16)
     operands = [
         *(a for w in (down, shared) for a in (w.data.reshape(-1, hidden, 128), jnp.pad(w.scale.reshape(-1), (0, 128))))
@@ -196,4 +196,4 @@ def test_lowers_for_cuda(case: str, rows: int, monkeypatch: pytest.MonkeyPatch) 
     spec = dataclasses.replace(CASES[case], rows=rows, layers=3, arithmetic="w8a8" if rows == 1 else "w8a16")
     args = jax.eval_shape(lambda: inputs(spec, jax.random.key(0)))
     text = lowering.lower_for_cuda(functools.partial(mosaic_sm90.run, spec), *args, arch=H200)
-    assert text.count("custom_call @mosaic_gpu") == 2
+    assert text.count("custom_call @mosaic_gpu") == (1 if case == "tp8" and rows == 8 else 2)

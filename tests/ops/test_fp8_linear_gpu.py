@@ -110,11 +110,14 @@ def test_clusters_that_share_k(name: str, arithmetic: str) -> None:
 
 @pytest.mark.parametrize("arithmetic", ["w8a8", "w8a16"])
 @pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("rows", [1, 2, 5, 9])
-def test_norm_in_the_launch(rows: int, residual: bool, arithmetic: str) -> None:
-    """total is exact, normed as far as the last bit of its sum goes, and the projections are those of that normed."""
+@pytest.mark.parametrize("k", [2048, 3072])
+@pytest.mark.parametrize("rows", [1, 2, 5, 8, 9, 64])
+def test_norm_in_the_launch(rows: int, k: int, residual: bool, arithmetic: str) -> None:
+    """total is exact, normed as far as the last bit of its sum goes, and the projections are those of that normed.
+
+    Several rows: in the product's launch (short ones) or in one that quantizes them too (with a residual)."""
     spec = Spec(
-        rows, 3072, (128, 576), arithmetic, layers=2, out_dtype="float32", norm="bfloat16", delta=residual, eps=1e-5
+        rows, k, (128, 576), arithmetic, layers=2, out_dtype="float32", norm="bfloat16", delta=residual, eps=1e-5
     )
     x, weights, _, _, norm, delta = inputs(spec, jax.random.key(rows))
     run = jax.jit(
@@ -130,6 +133,31 @@ def test_norm_in_the_launch(rows: int, residual: bool, arithmetic: str) -> None:
     plain = dataclasses.replace(spec, norm="", delta=False)
     for got, want in zip(outs, kernel(plain, normed, weights, index), strict=True):
         assert compare(got, want).rel_l2 < 1e-5  # another order of the blocks
+
+
+@pytest.mark.parametrize("arithmetic", ["w8a8", "w8a16"])
+@pytest.mark.parametrize("name", ["norm_q_b_tp8", "add_norm_q_a_kv_a"])
+def test_normed_rows_stay_by_themselves(name: str, arithmetic: str) -> None:
+    """A row has the same bits whatever the other rows are and however many, and in each replay."""
+    spec = dataclasses.replace(CASES[f"{name}_{arithmetic}"], rows=8, layers=2)
+    x, weights, _, _, norm, delta = inputs(spec, jax.random.key(5))
+
+    @jax.jit
+    def run(x: Any, delta: Any) -> Any:
+        given = {"delta": delta, "arithmetic": arithmetic, "backend": "mosaic_sm90"}
+        return fp8_linear.norm_linears(x, norm, weights, (1,), eps=1e-5, **given)
+
+    def bits(x: Any, delta: Any) -> list[np.ndarray]:
+        return [np.asarray(leaf.astype(jnp.float32)) for leaf in jax.tree.leaves(run(x, delta))]
+
+    first = bits(x, delta)
+    for rows in (2, 3, 8):
+        others = x.at[2:].multiply(-3)[:rows]
+        for got, want in zip(bits(others, None if delta is None else delta[:rows]), first, strict=True):
+            np.testing.assert_array_equal(got[:2], want[:2])
+    for _ in range(20):
+        for got, want in zip(bits(x, delta), first, strict=True):
+            np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize("arithmetic", ["w8a8", "w8a16"])

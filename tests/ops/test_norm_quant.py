@@ -93,3 +93,27 @@ def test_quantize_groups_error_and_idempotence() -> None:
 def test_quantize_groups_widens_bfloat16() -> None:
     x = jnp.asarray(normal(14, 3, 200)).astype(jnp.bfloat16)
     assert_quantized(np.asarray(x, np.float32), *quantize_op(x))
+
+
+@pytest.mark.parametrize("rows", [1, 32, 40])
+def test_add_norm_split(rows: int) -> None:
+    """The norm of add_norm, and terms that give it back but for what is tiny beside the rest of its group."""
+    x, residual = (jnp.asarray(normal(seed, rows, 256)).astype(jnp.bfloat16) for seed in (15, 16))
+    weight = jnp.asarray(normal(17, 3, 256)).astype(jnp.bfloat16)
+    total, normed, values, scales = norm_quant.add_norm_split(x, residual, weight, 2, 1e-5)
+    for got, want in zip((total, normed), norm_quant.add_norm(x, residual, weight, 2, 1e-5), strict=True):
+        np.testing.assert_array_equal(wide(got), wide(want))
+    padded = 32 if rows <= 32 else 64
+    assert values.shape == (2, padded, 256) and scales.shape == (2, padded)
+    scale = np.repeat(np.asarray(scales, np.float64)[:, :rows].T, 128, axis=1)
+    high, low = wide(values)[:, :rows]
+    np.testing.assert_allclose(
+        (high + low / 16) * scale, wide(normed), rtol=0, atol=2.0**-21 * np.abs(wide(normed)).max()
+    )
+    assert (np.log2(scale) % 1 == 0).all() and np.abs(high).max() > 224
+
+
+def test_add_norm_split_refuses() -> None:
+    x, weight = jnp.zeros((2, 200), jnp.bfloat16), jnp.zeros((1, 200), jnp.bfloat16)
+    with pytest.raises(ValueError, match="multiple of 128"):
+        norm_quant.add_norm_split(x, x, weight, 0, 1e-5)

@@ -1,4 +1,4 @@
-"""The router's launches of one row and of several in numpy: programs meet in a mailbox, in any order."""
+"""The router's launch of few rows in numpy: programs meet in a mailbox, in any order."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ import pallas_kernels.router.reference as reference
 from pallas_kernels.router.spec import CASES, Spec, inputs, mailbox_words
 from tests.ops import gluon_emulator
 
-EXPERTS, UNIT = 40, 2
+EXPERTS, UNIT = 40, 8
 
 
-def emulated() -> dict[str, Any]:
-    return gluon_emulator.load("pallas_kernels.router", ("gluon_norm", "gluon_rows"))
+def few_rows(spec: Spec, *args: Any) -> tuple[Any, ...]:
+    modules = gluon_emulator.load("pallas_kernels.router", ("gluon_words", "gluon_choice", "gluon_few"))
+    return modules["gluon_few"].run(spec, *args)
 
 
 def spec_of(rows: int, **changes: object) -> Spec:
@@ -32,56 +33,83 @@ def lists(ids: np.ndarray, experts: int, unit: int) -> tuple[np.ndarray, np.ndar
     return table, np.argsort(ids.ravel(), kind="stable")
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8])
-@pytest.mark.parametrize("change", ["", "no sum", "no norm", "few experts"])
+def check_lists(made: Any, ids: Any, spec: Spec) -> None:
+    assert (made is not None) == (spec.rows > 1 and bool(spec.unit))
+    if made is not None:
+        for got, expected in zip(made, lists(np.asarray(ids), spec.experts, spec.unit), strict=True):
+            np.testing.assert_array_equal(np.asarray(got), expected)
+
+
+CHANGES = ["no sum", "no norm", "neither", "few experts", "all experts", "odd size", "many"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "change"),
+    [*((rows, "") for rows in (1, 2, 3, 5, 8)), *((2 + 5 * (i % 2), c) for i, c in enumerate(CHANGES)), (1, "neither")],
+)
 def test_equals_the_reference(rows: int, change: str) -> None:
-    given = {"": {}, "no sum": {"delta": False}, "no norm": {"norm": ""}, "few experts": {"experts": 23, "k": 3}}
+    given = {
+        "": {}, "no sum": {"delta": False}, "no norm": {"norm": ""}, "neither": {"norm": "", "delta": False},
+        "few experts": {"experts": 23, "k": 3}, "all experts": {"experts": 8, "k": 8}, "odd size": {"hidden": 384 + 128 * rows},
+        "many": {"experts": 256, "k": 8},
+    }  # fmt: skip
     spec = spec_of(rows, **given[change])
     x, gate, bias, _, _, norm, delta, mailbox = inputs(dataclasses.replace(spec, norm="bfloat16"), jax.random.key(rows))
-    args = (x, gate, bias, jnp.asarray(1, jnp.int32), norm if spec.norm else None, delta, mailbox)
-    kernel = emulated()["gluon_norm" if rows < 3 else "gluon_rows"].run
-    total, normed, ids, weights, made, left = kernel(spec, *args)
+    # A number that is known and one that is on the device are two ways to the same layer.
+    layer = 1 if rows % 2 else jnp.asarray(1, jnp.int32)
+    args = (x, gate, bias, layer, norm if spec.norm else None, delta, mailbox)
+    total, normed, ids, weights, made, left = few_rows(spec, *args)
     want = reference.run(spec, *args[:4], None, *args[4:])
     np.testing.assert_array_equal(np.asarray(total, np.float32), np.asarray(want[0], np.float32))
     np.testing.assert_allclose(np.asarray(normed, np.float32), np.asarray(want[1], np.float32), rtol=2**-7)
     np.testing.assert_array_equal(np.asarray(ids), np.asarray(want[2]))
     np.testing.assert_allclose(np.asarray(weights), np.asarray(want[3]), rtol=2e-3)
     assert left.shape == (mailbox_words(rows, spec.hidden, spec.experts),) and not np.asarray(left).any()
-    assert (made is not None) == (rows >= 3)
-    if made is not None:
-        for got, expected in zip(made, lists(np.asarray(ids), spec.experts, UNIT), strict=True):
-            np.testing.assert_array_equal(np.asarray(got), expected)
+    check_lists(made, ids, spec)
 
 
 @pytest.mark.parametrize("rows", [1, 6])
 def test_ties_zeros_and_a_row_of_nan(rows: int) -> None:
     """Logits of exactly zero are there all the same; a row of NaN names experts that exist and leaves the others alone."""
-    spec = spec_of(rows, norm="", delta=False, unit=0)
+    spec = spec_of(rows, norm="", delta=False)
     bias = np.zeros((2, EXPERTS), np.float32)
     bias[1, [22, 35, 11]], bias[1, :3] = 1.0, -1.0
     x = np.zeros((rows, spec.hidden), np.float32)
     x[rows // 2] = np.nan if rows > 1 else 0.0
     gate = jnp.ones((2, EXPERTS, spec.hidden), jnp.bfloat16)
     mailbox = jnp.zeros(mailbox_words(rows, spec.hidden, EXPERTS), jnp.int32)
-    args = (jnp.asarray(x, jnp.bfloat16), gate, jnp.asarray(bias), jnp.asarray(1, jnp.int32), None, None, mailbox)
-    _, _, ids, weights, _, left = emulated()["gluon_norm" if rows < 3 else "gluon_rows"].run(spec, *args)
+    args = (jnp.asarray(x, jnp.bfloat16), gate, jnp.asarray(bias), 1, None, None, mailbox)
+    _, _, ids, weights, made, left = few_rows(spec, *args)
     others = [row for row in range(rows) if rows == 1 or row != rows // 2]
     np.testing.assert_array_equal(np.asarray(ids)[others], [[11, 22, 35, 3, 4, 5]] * len(others))
     np.testing.assert_allclose(np.asarray(weights)[others], 2.5 / 6, rtol=1e-6)
     assert all(len(set(row.tolist()) & set(range(EXPERTS))) == 6 for row in np.asarray(ids))
     assert not np.asarray(left).any()
+    check_lists(made, ids, spec)
+
+
+@pytest.mark.parametrize("k", [6, 14])
+def test_keys_that_are_almost_equal(k: int) -> None:
+    """Of keys that differ in their last bits the larger wins, in its lane or in another: those bits are not in the quick order."""
+    spec = spec_of(1, norm="", delta=False, k=k)
+    rank = np.random.default_rng(0).permutation(EXPERTS)
+    bias = np.zeros((2, EXPERTS), np.float32)
+    bias[1] = 0.5 + rank * np.float32(2**-24)
+    mailbox = jnp.zeros(mailbox_words(1, spec.hidden, EXPERTS), jnp.int32)
+    gate = jnp.ones((2, EXPERTS, spec.hidden), jnp.bfloat16)
+    x = jnp.full((1, spec.hidden), -0.5, jnp.bfloat16)  # scores of 1e-111, which is 0, so that the sum is the bias
+    _, _, ids, *_ = few_rows(spec, x, gate, jnp.asarray(bias), 1, None, None, mailbox)
+    np.testing.assert_array_equal(np.asarray(ids)[0], np.argsort(-bias[1], kind="stable")[:k])
 
 
 def test_of_the_real_shape_every_program_has_its_part() -> None:
-    """128 programs; calls one after the other leave nothing behind."""
+    """134 programs; calls one after the other leave nothing behind."""
     spec = dataclasses.replace(CASES["glm_norm"], rows=3, hidden=2048, layers=2, unit=8)
     x, gate, bias, _, _, norm, delta, mailbox = inputs(spec, jax.random.key(9))
-    kernel = emulated()["gluon_rows"].run
     for layer in (0, 1):
         at = jnp.asarray(layer, jnp.int32)
-        *_, ids, weights, made, mailbox = kernel(spec, x, gate, bias, at, norm, delta, mailbox)
+        *_, ids, weights, made, mailbox = few_rows(spec, x, gate, bias, at, norm, delta, mailbox)
         want = reference.run(spec, x, gate, bias, at, None, norm, delta, mailbox)
         np.testing.assert_array_equal(np.asarray(ids), np.asarray(want[2]))
         np.testing.assert_allclose(np.asarray(weights), np.asarray(want[3]), rtol=2e-3)
-        for got, expected in zip(made, lists(np.asarray(ids), 256, 8), strict=True):
-            np.testing.assert_array_equal(np.asarray(got), expected)
+        check_lists(made, ids, spec)

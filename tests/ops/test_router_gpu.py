@@ -90,20 +90,49 @@ def test_rows_with_a_norm_do_not_see_each_other(rows: int) -> None:
     assert not np.asarray(again[-1]).any()
 
 
-@pytest.mark.parametrize("rows", [3, 5, 8])
+@pytest.mark.parametrize("rows", [2, 3, 5, 8])
 def test_lists_are_those_of_the_experts_plan(rows: int) -> None:
-    spec = dataclasses.replace(CASES["glm_norm"], rows=rows, unit=2)
+    spec = dataclasses.replace(CASES["glm_norm"], rows=rows, unit=8)
     x, gate, bias, layer, _, norm, delta, mailbox = inputs(spec, jax.random.key(8))
-    # Rows that are alike choose the same experts, so that an expert has several items.
+    # Rows that are alike choose the same experts.
     x, delta = x.at[1:].set(x[:1]), delta.at[1 : rows - 1].set(delta[:1])
     _, _, ids, _, lists, _ = add_norm_route(
-        x, delta, norm, gate, bias, layer, mailbox, eps=spec.eps, k=spec.k, scale=spec.scale, unit=2
+        x, delta, norm, gate, bias, layer, mailbox, eps=spec.eps, k=spec.k, scale=spec.scale, unit=8
     )
     assert lists is not None
     count = np.bincount(np.asarray(ids).ravel(), minlength=256)
     assert count.max() == max(rows - 1, 1) or count.max() == rows
-    np.testing.assert_array_equal(np.asarray(lists[0]), [np.cumsum(count), np.cumsum(-(-count // 2))])
+    np.testing.assert_array_equal(np.asarray(lists[0]), [np.cumsum(count), np.cumsum(-(-count // 8))])
     np.testing.assert_array_equal(np.asarray(lists[1]), np.argsort(np.asarray(ids).ravel(), kind="stable"))
+
+
+@pytest.mark.parametrize(("rows", "k"), [(1, 8), (8, 8), (2, 14)])
+def test_ties_in_one_launch_go_to_the_lower_id(rows: int, k: int) -> None:
+    """Equal keys, in one lane and in several, and keys that differ in their last bits only."""
+    spec = dataclasses.replace(CASES["glm"], rows=rows)
+    _, gate, *_ = inputs(spec, jax.random.key(0))
+    mailbox = jnp.zeros(mailbox_words(rows, spec.hidden, spec.experts), jnp.int32)
+    equal = jnp.zeros((1, 256)).at[0, jnp.asarray([22, 250, 11])].set(1.0).at[0, :3].set(-1.0)
+    close = 0.25 + jnp.arange(256.0)[None] % 32 * 2.0**-24
+    for bias in (equal, close):
+        x = jnp.zeros((rows, spec.hidden), jnp.bfloat16)
+        _, _, ids, weights, *_ = add_norm_route(x, None, None, gate, bias, 0, mailbox, eps=0.0, k=k, scale=2.5, unit=8)
+        np.testing.assert_array_equal(
+            np.asarray(ids), [np.argsort(-(np.asarray(bias)[0] + 0.5), kind="stable")[:k]] * rows
+        )
+        np.testing.assert_allclose(np.asarray(weights), 2.5 / k, rtol=1e-6)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 16, 17])
+def test_a_layer_that_is_known_is_the_one_on_the_device(layer: int) -> None:
+    spec = dataclasses.replace(CASES["glm_norm"], rows=2, layers=18, experts=64, hidden=512)
+    x, gate, bias, _, _, norm, delta, mailbox = inputs(spec, jax.random.key(2))
+    known, there = (
+        add_norm_route(x, delta, norm, gate, bias, at, mailbox, eps=spec.eps, k=8, scale=2.5, unit=8)
+        for at in (layer, jnp.int32(layer))
+    )
+    for a, b in zip(jax.tree.leaves(known), jax.tree.leaves(there), strict=True):
+        np.testing.assert_array_equal(np.asarray(a.astype(jnp.float32)), np.asarray(b.astype(jnp.float32)))
 
 
 @pytest.mark.parametrize("rows", [1, 3, 9])

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import lowering, paged, registry
+from pallas_kernels import lowering, mla_out, paged, registry
 from pallas_kernels.compare import rel_l2
 from pallas_kernels.registry import BackendRefused
 from pallas_kernels.sparse_mla import BACKENDS, attend
@@ -55,7 +55,7 @@ def assert_equal_to_reference(spec: Spec, args: tuple[jax.Array, ...], backend: 
 
 
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
-# Nine rows: with up to eight, 16 heads and fewer are Triton's.
+# Nine rows: with up to eight, 16 heads have the kernel of one tile a program.
 @pytest.mark.parametrize("rows", [1, 5, 9])
 @pytest.mark.parametrize("name", list(CASES))
 def test_cases(name: str, rows: int, backend: str) -> None:
@@ -80,12 +80,22 @@ def hostile_slots(spec: Spec) -> np.ndarray:
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
 @pytest.mark.parametrize(
     ("heads", "dtype"),
-    [(1, "uint8"), (8, "uint8"), (24, "uint8"), (64, "uint8"), (80, "uint8"), (16, "bfloat16"), (64, "float32")],
+    [
+        (1, "uint8"),
+        (8, "uint8"),
+        (16, "uint8"),
+        (24, "uint8"),
+        (64, "uint8"),
+        (80, "uint8"),
+        (16, "bfloat16"),
+        (64, "float32"),
+    ],
 )
+@pytest.mark.parametrize("rows", [8, 9])
 @pytest.mark.parametrize("splits", [0, 1, 3])
-def test_hostile_slots_on_a_cache_of_nan(splits: int, heads: int, dtype: str, backend: str) -> None:
+def test_hostile_slots_on_a_cache_of_nan(splits: int, rows: int, heads: int, dtype: str, backend: str) -> None:
     """Everything that is not selected holds NaN, also the other layer and slot 0; k = 200 is no multiple of a tile."""
-    spec = dataclasses.replace(SMALL, rows=9, heads=heads, cache_dtype=dtype, splits=splits)
+    spec = dataclasses.replace(SMALL, rows=rows, heads=heads, cache_dtype=dtype, splits=splits)
     q, cache, _, _ = inputs(spec, jax.random.key(0))
     slots = hostile_slots(spec)
     if not supported(spec, backend):
@@ -100,7 +110,7 @@ def test_hostile_slots_on_a_cache_of_nan(splits: int, heads: int, dtype: str, ba
 
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
 @pytest.mark.parametrize("k", [1, 63, 64, 65, 128, 2048])
-@pytest.mark.parametrize("heads", [5, 64])
+@pytest.mark.parametrize("heads", [5, 13, 64])
 def test_lengths(heads: int, k: int, backend: str) -> None:
     spec = dataclasses.replace(SMALL, heads=heads, k=k, pages=64)
     args = inputs(spec, jax.random.key(k))
@@ -145,8 +155,9 @@ def test_scores_that_rise_from_tile_to_tile(heads: int, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
-def test_a_row_of_eight_heads_keeps_its_bits_whatever_the_others_are(backend: str) -> None:
-    spec = dataclasses.replace(SMALL, rows=8, heads=8, k=2048, pages=512)
+@pytest.mark.parametrize("heads", [8, 16])
+def test_a_row_of_few_heads_keeps_its_bits_whatever_the_others_are(heads: int, backend: str) -> None:
+    spec = dataclasses.replace(SMALL, rows=8, heads=heads, k=2048, pages=512)
     q, cache, layer, slots = inputs(spec, jax.random.key(6))
     first = run(spec, (q, cache, layer, slots), backend)
     other = slots.at[:5].set(-1).at[6:].set(slots[:2])
@@ -203,6 +214,35 @@ def test_layers_beyond_two_to_the_31_bytes(backend: str) -> None:
     want = run(small, (q, one, jnp.asarray(0, jnp.int32), slots), backend)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8, 9])
+@pytest.mark.parametrize("heads", [5, 8, 16])
+def test_parts_are_merged_with_w_uv(heads: int, rows: int) -> None:
+    """The two launches that the layer makes against the references, with hostile slots; again; and with other rows beside one."""
+    spec = dataclasses.replace(SMALL, rows=max(rows, 3), heads=heads, k=2048, pages=512)
+    q, cache, layer, slots = inputs(spec, jax.random.key(heads + rows))
+    slots = jnp.roll(slots.at[0].set(-1).at[1, :-1].set(-1).at[1, -1].set(7).at[2, 100:900].set(2**31 - 1), -1, 0)[
+        :rows
+    ]
+    q = q[:rows]
+    w_uv = (0.04 * jax.random.normal(jax.random.key(0), (2, heads, 256, 512), jnp.float32)).astype(jnp.bfloat16)
+    o_proj = jnp.eye(heads * 256, dtype=jnp.bfloat16)[None].repeat(2, 0)
+
+    def values(q: jax.Array, slots: jax.Array) -> jax.Array:
+        context, lse = attend(q, cache, layer, slots, kv_lora_rank=512, scale=spec.scale, apart=True)
+        assert context.shape[1] == 1 or rows <= 8
+        return mla_out.output(context, w_uv, o_proj, 1, lse=lse)
+
+    got = jax.jit(values)(q, slots)
+    whole, lse = run(dataclasses.replace(spec, rows=rows), (q.astype(jnp.float32), cache, layer, slots), "reference")
+    want = mla_out.output(whole.astype(jnp.bfloat16), w_uv, o_proj, 1, backend="reference")
+    empty = np.isneginf(np.asarray(lse)).all(1)
+    assert np.isfinite(np.asarray(got, np.float32)).all() and not np.asarray(got)[empty].any()
+    assert rel_l2(got, want) < 1e-2
+    np.testing.assert_array_equal(np.asarray(got), np.asarray(jax.jit(values)(q, slots)))
+    alone = jax.jit(values)(q.at[1:].set(jnp.nan), slots.at[1:].set(-1))
+    np.testing.assert_array_equal(np.asarray(got)[0], np.asarray(alone)[0])
 
 
 def test_a_gpu_backend_is_the_default() -> None:

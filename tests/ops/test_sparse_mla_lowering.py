@@ -50,6 +50,7 @@ def test_triton_compiles(name: str, gpu: str, rows: int) -> None:
     [
         *(("h64_k2048_fp8", 8, 2), ("h64_k2048_fp8", 128, 1), ("h32_k2048_fp8", 128, 1)),
         *(("h8_k512_fp8", 24, 2), ("h8_k512_fp8", 16, 2), ("h8_k2048_fp8", 1, 2), ("h8_k2048_fp8", 8, 2)),
+        *(("h16_k2048_fp8", 1, 2), ("h16_k2048_fp8", 8, 2), ("h16_k2048_fp8", 9, 2)),
     ],
 )
 def test_gluon_compiles(name: str, rows: int, kernels: int) -> None:
@@ -80,7 +81,11 @@ def test_the_gpu_decides() -> None:
     assert registry.resolve("sparse_mla", BACKENDS, spec, None).backend == "reference"
     few = dataclasses.replace(spec, heads=8)
     # A number of splits that is asked for leaves the kernel of one tile a program, which has one number only.
-    for change, name in (({}, "gluon"), ({"splits": 4}, "triton"), ({"heads": 16}, "triton"), ({"k": 8192}, "triton")):
+    few_or_not: list[tuple[dict[str, int], str]] = [
+        *(({}, "gluon"), ({"splits": 4}, "triton"), ({"k": 8192}, "triton")),
+        *(({"heads": 16}, "gluon"), ({"heads": 16, "splits": 4}, "triton"), ({"heads": 24, "rows": 2}, "triton")),
+    ]
+    for change, name in few_or_not:
         choice = registry.resolve("sparse_mla", BACKENDS, dataclasses.replace(few, **change), H200)
         assert choice.backend == name, change
     assert registry.resolve("sparse_mla", BACKENDS, dataclasses.replace(spec, rows=2), H200).backend == "triton"
@@ -116,11 +121,13 @@ def test_hopper_plans_cover_every_head_and_key_in_one_wave(rows: int, heads: int
 
 
 @pytest.mark.parametrize("k", [1, 65, 2000, 2048])
-@pytest.mark.parametrize("rows", [1, 2, 4, 8, 16])
-def test_plans_of_few_heads_have_one_tile_a_program(rows: int, k: int) -> None:
-    spec = dataclasses.replace(CASES["h8_k2048_fp8"], rows=rows, k=k)
+@pytest.mark.parametrize(
+    ("heads", "rows"), [*((8, rows) for rows in (1, 2, 4, 8, 16)), *((13, rows) for rows in (1, 2, 8))]
+)
+def test_plans_of_few_heads_have_one_tile_a_program(heads: int, rows: int, k: int) -> None:
+    spec = dataclasses.replace(CASES["h8_k2048_fp8"], heads=heads, rows=rows, k=k)
     plan = few_plan(spec, H200)
-    assert one_tile_each(spec) and plan.tiles == 1
+    assert one_tile_each(spec) and plan.tiles == 1 and plan.block_heads in (8, 16)
     assert plan.splits * plan.block_keys >= k > (plan.splits - 1) * plan.block_keys
 
 

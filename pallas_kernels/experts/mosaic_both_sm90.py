@@ -1,0 +1,249 @@
+"""Experts of 2 to 8 rows on Hopper in one launch, in Pallas Mosaic GPU: gate_up with SwiGLU, then down with a part a pair.
+
+An item is an expert and those of the batch's rows that chose it; the first is the shared expert, which all rows chose. Every
+warpgroup of the persistent blocks of threads has one stream of steps through one ring of TMA stages: its tiles of gate_up (32 rows
+of gate and as many of up), then its tiles of down (64 rows). So weights of down are on their way while gate_up ends.
+
+gate_up multiplies by all rows of the batch, which every block quantizes at its start, and gives the product of the rows that the
+item has as words of a mailbox (``mosaic_flags_sm90``): tiles of down wait for the words of their item, not for the launch. All
+blocks are resident and no tile of gate_up waits, so that waits end. Tiles of gate_up are dealt round by round; a warpgroup without
+a tile in the last round takes as many bytes more of down, of items that were complete a round before; those that the last round
+completes are dealt evenly and come last.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.blocks import BLOCK, E4M3
+from pallas_kernels.experts import mosaic_flags_sm90 as flags
+from pallas_kernels.experts.mosaic_both_plan import HALF, Both
+from pallas_kernels.experts.mosaic_plan import LINE, TILE, UNIT
+from pallas_kernels.experts.mosaic_share_sm90 import Share
+from pallas_kernels.fp8_linear.mosaic_quantize_sm90 import split
+
+_ACC = plgpu.Layout.WGMMA
+# A number in each lane, the same in all warps.
+_LANES = plgpu.Layout.TILED(
+    plgpu.Tiling(((HALF,), (1,))), warp_dims=(plgpu.Replicated(4),), lane_dims=(-2,), vector_dim=-1
+)
+
+
+class Worker(Share):
+    """A warpgroup."""
+
+    def __init__(self, plan: Both, refs: tuple[Any, ...], memory: dict[str, Any]) -> None:
+        self.plan = plan
+        layer, epoch, self.table, self.order, self.x, *self.weights, self.box, self.parts = refs
+        self.layer, self.epoch = layer[0], epoch[0]
+        self.__dict__.update(memory)
+        self.cta, self.wg = lax.axis_index("worker"), lax.axis_index("wg")
+        self.number = self.wg * plan.workers + self.cta
+
+    def compute(self) -> None:
+        plan = self.plan
+        self.ask_tables()
+        numbers = [self.wg + plan.groups * j for j in range(plan.loads)]
+        tiles = [flags.rows_of(self.x, jnp.minimum(number, plan.blocks - 1)) for number in numbers]
+        plgpu.barrier_wait(self.tables_full)
+        self.deal()
+        for i in range(plan.stages):
+            pl.when(i < self.all_steps)(functools.partial(self.fetch, jnp.int32(i)))
+        for j, (number, tile) in enumerate(zip(numbers, tiles, strict=True)):
+            values = tile.astype(jnp.float32)
+            if plan.groups * (j + 1) <= plan.blocks:
+                self.quantize(number, values)
+            else:
+                pl.when(number < plan.blocks)(functools.partial(self.quantize, number, values))
+        self.together()
+        lax.fori_loop(0, self.mine, self.up_tile, None)
+        lax.fori_loop(0, self.items_a + self.items_b, self.down_item, None)
+
+    def together(self) -> None:
+        """What all warpgroups have done before is done."""
+        plgpu.commit_smem()
+        if self.plan.groups > 1:
+            plgpu.barrier_arrive(self.turn)
+            plgpu.barrier_wait(self.turn)
+
+    def products(self, first: Any, steps: int, x_first: Any, skips: tuple[Any, Any]) -> jax.Array:
+        """Sum [64, 8] of the steps from ``first`` on, times k-blocks of shared memory from ``x_first`` on. skips: starts of the two
+        halves' scales."""
+        plan = self.plan
+        second = plgpu.broadcasted_iota(jnp.int32, (TILE, UNIT), 0, layout=_ACC) >= HALF
+
+        def step(s: Any, total: jax.Array) -> jax.Array:
+            at, block = first + s, x_first + s * plan.step
+            slot = lax.rem(at, jnp.int32(plan.stages))
+            xs = [
+                plgpu.load(self.factors.at[block + g], layout=_ACC.reduce(0), optimized=False) for g in range(plan.step)
+            ]
+            plgpu.barrier_wait(self.full.at[self.wg * plan.stages + slot])
+            skip = [lax.rem(start + s * plan.step, jnp.int32(4)) for start in skips]
+            scales = [[self.scales[self.wg, slot, m, skip[m] + g] for m in range(2)] for g in range(plan.step)]
+            parts = self.multiply(slot, block)
+            # All four warps are through with this slot.
+            plgpu.commit_smem()
+            following = at + plan.stages
+            pl.when(following < self.all_steps)(functools.partial(self.fetch, following))
+            for x, (low, high), part in zip(xs, scales, parts, strict=True):
+                wide = plgpu.layout_cast(lax.broadcast_in_dim(x, (TILE, UNIT), (1,)), _ACC)
+                total = total + part * (wide * jnp.where(second, high, low))
+            return total
+
+        zero = plgpu.layout_cast(jnp.zeros((TILE, UNIT), jnp.float32), _ACC)
+        if steps == 1:
+            return step(jnp.int32(0), zero)
+        return lax.fori_loop(0, steps, step, zero)
+
+    def multiply(self, slot: Any, block: Any) -> list[jax.Array]:
+        """Products [64, 8] of the blocks of a stage, a fresh accumulator each: FP8 wgmma keeps some 14 bits."""
+        plan = self.plan
+
+        def body(*accumulators: Any) -> list[jax.Array]:
+            for g, acc in enumerate(accumulators):
+                weights = self.ring.at[self.wg, slot, :, pl.ds(g * BLOCK, BLOCK)]
+                plgpu.wgmma(acc, weights, self.x8.at[block + g].T)
+            return [acc[...] for acc in accumulators]
+
+        products = pl.run_scoped(body, *[plgpu.ACC((TILE, UNIT * plan.terms), jnp.float32)] * plan.step)
+        if plan.terms == 1:
+            return products
+        return [product[:, :UNIT] + product[:, UNIT:] * (1 / 16) for product in products]
+
+    def quantize(self, block: Any, tile: jax.Array) -> None:
+        """[8, 128] to the columns of a k-block in shared memory, and their scales."""
+        terms, scale = split(tile, self.plan.terms)
+        for t, term in enumerate(terms):
+            self.x8.at[block, pl.ds(UNIT * t, UNIT), :][...] = term
+        self.factors.at[block][...] = scale
+
+    # -- gate_up
+
+    def up_tile(self, i: Any, _: None) -> None:
+        plan = self.plan
+        tile = lax.rem(self.number + i * plan.all_groups, jnp.int32(plan.up_tiles))
+        expert = self.here[self.wg, 3 * i]
+        matrix = jnp.where(expert < 0, self.layer, self.layer * plan.experts + expert) * 2
+        starts = [self.scale_start(matrix + m, tile * HALF, plan.width, plan.blocks) for m in range(2)]
+        total = self.products(i * plan.up_steps, plan.up_steps, jnp.int32(0), (starts[0], starts[1]))
+        self.partial.at[self.wg][...] = total
+        plgpu.commit_smem()
+        rows = self.here[self.wg, 3 * i + 2]
+
+        def one(c: int) -> None:
+            slot = self.slot_of(i, c)
+            row = jnp.where(expert < 0, slot - plan.pairs, lax.div(slot, jnp.int32(plan.k)))
+            gate, up = (
+                plgpu.load(self.partial.at[self.wg, pl.ds(m * HALF, HALF), row], layout=_LANES, optimized=False)
+                for m in range(2)
+            )
+            product = gate / (1.0 + jnp.exp(-gate)) * up
+            at = slot * plan.width + tile * HALF
+            self.box.at[pl.ds(at, HALF)][...] = flags.stamped(product, self.epoch)
+
+        for c in range(UNIT):
+            pl.when(c < rows)(functools.partial(one, c))
+
+    # -- down
+
+    def down_item(self, number: Any, _: None) -> None:
+        """All tiles that this warpgroup has of an item of one of its two shares."""
+        plan, per = self.plan, self.plan.down_tiles
+        early = number < self.items_a
+        nth = jnp.where(early, number, number - self.items_a)
+        item = nth + jnp.where(early, self.item_a, self.item_b)
+        entry = nth + jnp.where(early, plan.most_up, plan.most_up + plan.most_down_items)
+        first = jnp.where(early, self.first_a, self.first_b)
+        last = first + jnp.where(early, self.count_a, self.count_b)
+        low, high = jnp.maximum(item * per, first), jnp.minimum(item * per + per, last)
+        # Of the tile number 0: where its steps would be in the stream.
+        base = jnp.where(early, -self.first_a, self.count_a - self.first_b)
+        for c in range(UNIT):
+            slot = self.slot_of(entry, c)
+            self.slots[self.wg, c] = slot
+            self.starts[self.wg, c] = slot * plan.width
+        plgpu.commit_smem()
+        words = flags.words_of(
+            self.box, self.starts.at[self.wg], [jnp.int32(b * BLOCK) for b in range(plan.inner)], self.epoch
+        )
+        x_first = plan.blocks + self.wg * plan.inner
+        for b, word in enumerate(words):
+            self.quantize(x_first + b, flags.value_of(word))
+        plgpu.commit_smem()
+        rows = self.here[self.wg, 3 * entry + 2]
+        expert = self.here[self.wg, 3 * entry]
+        matrix = jnp.where(expert < 0, self.layer, self.layer * plan.experts + expert)
+
+        def tile(at: Any, _: None) -> None:
+            row = (at - item * per) * TILE
+            start = self.scale_start(matrix, row, plan.hidden, plan.inner)
+            step = self.up_all + (base + at) * plan.down_steps
+            total = self.products(step, plan.down_steps, x_first, (start, start))
+            flags.store_columns(total, self.parts, self.slots.at[self.wg], rows, row)
+
+        lax.fori_loop(low, high, tile, None)
+        # All four warps are through with this item's slots.
+        plgpu.commit_smem()
+
+
+def run(
+    plan: Both, places: tuple[jax.Array, ...], x: jax.Array, stacks: tuple[jax.Array, ...], mailbox: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(parts float32 [pairs + rows, hidden], mailbox). places: layer [1], epoch [1], table, order; stacks: as for ``build``."""
+    box = jax.new_ref(mailbox)
+    (parts,) = build(plan)(*places, x.reshape(plan.rows, -1, BLOCK), *stacks, box)
+    return parts, jax.freeze(box)
+
+
+@functools.lru_cache(maxsize=64)
+def build(plan: Both, interpret: Any = None) -> Callable[..., list[jax.Array]]:
+    """call(layer [1], epoch [1], table, order, x [rows, blocks, 128], gate_up [stack, width, hidden], its scales in one row, down,
+    its scales, the shared four, mailbox (a Ref, written)) -> [parts float32 [pairs + rows, hidden]].
+
+    table, order: of the Triton plan, in lines of 32.
+    """
+    tiled = (plgpu.TilingTransform((8, BLOCK)), plgpu.SwizzleTransform(128))
+    scratch = {
+        "ring": plgpu.SMEM((plan.groups, plan.stages, TILE, plan.step * BLOCK), E4M3, transforms=tiled),
+        "x8": plgpu.SMEM((plan.x_blocks, UNIT * plan.terms, BLOCK), E4M3, transforms=tiled),
+        "scales": plgpu.SMEM((plan.groups, plan.stages, 2, LINE), jnp.float32),
+        "factors": plgpu.SMEM((plan.x_blocks, UNIT), jnp.float32),
+        "partial": plgpu.SMEM((plan.groups, TILE, UNIT), jnp.float32),
+        "ends": plgpu.SMEM((plan.table_lines, LINE), jnp.int32),
+        "pairs": plgpu.SMEM((plan.order_lines, LINE), jnp.int32),
+        "here": plgpu.SMEM((plan.groups, 3 * plan.entries), jnp.int32),
+        "slots": plgpu.SMEM((plan.groups, UNIT), jnp.int32),
+        "starts": plgpu.SMEM((plan.groups, UNIT), jnp.int32),
+        "full": plgpu.Barrier(num_arrivals=4, num_barriers=plan.groups * plan.stages),
+        "tables_full": plgpu.Barrier(num_arrivals=2),
+        "turn": plgpu.Barrier(num_arrivals=plan.groups),
+    }
+
+    def experts_both(*refs: Any) -> None:
+        inputs = 15
+        Worker(plan, refs[:inputs], dict(zip(scratch, refs[inputs:], strict=True))).compute()
+
+    return plgpu.kernel(
+        experts_both,
+        out_type=[jax.ShapeDtypeStruct((plan.pairs + plan.rows, plan.hidden), jnp.float32)],
+        grid=(plan.workers,),
+        grid_names=("worker",),
+        num_threads=plan.groups,
+        thread_name="wg",
+        scratch_types=tuple(scratch.values()),
+        # Every shared buffer here is ordered by hand; every reduction stays within a warp.
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=mgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+        ),
+        interpret=interpret,
+    )
