@@ -29,7 +29,6 @@ from glm52_jax import exchange, model, parallel
 from glm52_jax.cache import Cache, Selection, make_rows
 from glm52_jax.layers.attention import add_attention
 from glm52_jax.layers.moe import mixed
-from glm52_jax.xla_options import step_options
 from pallas_kernels import paged, registry
 from pallas_kernels.compare import rel_l2
 from pallas_kernels.lowering import default_arch
@@ -203,7 +202,7 @@ class Part:
 
     def compile(self) -> Part:
         """Returns itself; may run in any thread."""
-        self.chain, self.xla = self._chain.compile(step_options(default_arch())), self._xla.compile()
+        self.chain, self.xla = self._chain.compile(), self._xla.compile()
         self.two, self.whole = several.compiled(self._two)
         return self
 

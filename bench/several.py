@@ -17,7 +17,6 @@ from jax.sharding import Mesh
 from bench import records, timing
 from bench.records import Ceilings, FigureFile
 from glm52_jax import audit
-from glm52_jax.xla_options import step_options
 from pallas_kernels.lowering import default_arch
 
 AXIS = "devices"
@@ -33,7 +32,7 @@ def mesh_of(devices: int) -> Mesh:
 def compiled(lowered: Any) -> tuple[Callable[..., Any], bool | None]:
     """(executable, whether it is exactly one command buffer); None where XLA dumps no thunks, as on CPUs."""
     with tempfile.TemporaryDirectory() as folder:
-        executable = lowered.compile(compiler_options=step_options(default_arch(), Path(folder)))
+        executable = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         text = audit.dumped_thunks(Path(folder))
     return executable, None if text is None else audit.graph_of(text).whole
 

@@ -34,8 +34,6 @@ type Ids = Sequence[int] | jax.Array | np.ndarray
 
 # Tokens that are scored in a call; short sequences use the next power of two.
 _CHUNK = 512
-# Steps of a call on several GPUs: queueing a call takes the host longer than four of them take a step (bench/STEP.md).
-BURST = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,10 +212,8 @@ class Model:
             rows = several.sequences(bucket(len(batch)) if len(batch) <= BUCKETS[-1] else len(batch), plan)
             batch = batch + [np.zeros(0, np.int32)] * (rows - len(batch))
             # Compiled before anything runs: loading an executable evicts the recorded graphs of others.
-            burst = 1 if plan.parallel is None or max_new_tokens == 1 else BURST
-            new_tokens = max_new_tokens + burst  # The last call's steps need room.
-            made = DecodeProgram(self.weights, config, plan, rows, _pages(batch, new_tokens), burst=burst)
-            yield from made.tokens(made.adopt(self._prefill(batch, new_tokens, sampling)), max_new_tokens - 1)
+            made = DecodeProgram(self.weights, config, plan, rows, _pages(batch, max_new_tokens))
+            yield from made.tokens(made.adopt(self._prefill(batch, max_new_tokens, sampling)), max_new_tokens - 1)
             return
         state = self._prefill(batch, max_new_tokens, sampling)
         yield np.asarray(state.drawn)

@@ -257,7 +257,8 @@ def _build(
     given = jax.tree.unflatten(sizes, state)
     with registry.recorded() as found:
         lowered = exchange.Lowered(traced, plan.parallel, jax.tree.unflatten(structure, weights), given)
-    step = lowered.compile(compiler_options=step_options(arch, dump))
+    devices = 1 if plan.parallel is None else plan.parallel.devices
+    step = lowered.compile(compiler_options=step_options(arch, dump, devices))
     # The state is donated to the next step, so what the host reads is a copy, made outside of the step's graph: an output of the
     # step itself would alternate addresses, and XLA would update the graph in every step.
     kept = (given.drawn, given.history)
