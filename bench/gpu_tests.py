@@ -2,7 +2,8 @@
 
 It runs ``pytest -m gpu`` and merges every test's outcome into ``bench/results/<gpu>/checks/tests.json``, with the run that it came
 from: GPU, driver, clocks, versions, revision. A run of a few tests, or one that was ended early (``--limit``), replaces
-only the outcomes that it has; a whole run replaces the file. The exit status is pytest's, or 124 where it was ended.
+only the outcomes that it has; a whole run replaces the file. ``--multigpu`` runs the tests that need several GPUs, and keeps them
+in ``tests_multigpu.json``. The exit status is pytest's, or 124 where it was ended.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ ENDED = 124
 _HOW = ("-q", "-v", "-x", "--durations", "--timeout", "--tb")
 
 
-def command(jobs: int, arguments: list[str]) -> list[str]:
-    """pytest's command line; ``jobs`` processes share the GPU (they need pytest-xdist)."""
+def command(jobs: int, arguments: list[str], multigpu: bool = False) -> list[str]:
+    """pytest's command line; ``jobs`` processes share the GPU (they need pytest-xdist). multigpu: the tests that need several."""
     several = ["-n", str(jobs)] if jobs > 1 else []
     # Where pytest-benchmark is installed it warns about xdist, and warnings are errors here.
     without = ["-p", "no:benchmark"] if importlib.util.find_spec("pytest_benchmark") else []
@@ -41,7 +42,7 @@ def command(jobs: int, arguments: list[str]) -> list[str]:
         "-m",
         "pytest",
         "-m",
-        "gpu",
+        "gpu and multigpu" if multigpu else "gpu",
         "-p",
         "bench.test_lines",
         "-p",
@@ -136,18 +137,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="processes that share the GPU (default %(default)s)")
     parser.add_argument("--results", type=Path, default=records.RESULTS, help="where the record is kept")
     parser.add_argument("--limit", type=float, help="end pytest after so many seconds and keep what is known")
+    parser.add_argument("--multigpu", action="store_true", help="the tests that need several GPUs of this machine")
     options, rest = parser.parse_known_args(arguments)
     selecting = [argument for argument in rest if not argument.startswith(_HOW)]
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     with tempfile.TemporaryDirectory() as folder:
         lines = Path(folder, "tests.jsonl")
         start = time.monotonic()
-        status = run(command(options.jobs, rest), lines, options.limit)
+        status = run(command(options.jobs, rest, options.multigpu), lines, options.limit)
         seconds = time.monotonic() - start
         found, failed = outcomes(lines, f"{date} {records.sources()}"), texts(lines)
     from pallas_kernels.lowering import default_arch
 
-    path = options.results / records.gpu_folder(default_arch()) / "checks" / "tests.json"
+    path = (
+        options.results
+        / records.gpu_folder(default_arch())
+        / "checks"
+        / ("tests_multigpu.json" if options.multigpu else "tests.json")
+    )
     counts = keep(path, found, environment(date, seconds, selecting, status == ENDED))
     print(f"this run: {dict(Counter(outcome.outcome for outcome in found))}; {path}: {dict(counts)}")
     if failed:

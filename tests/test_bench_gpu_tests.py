@@ -96,3 +96,4 @@ def test_command_line() -> None:
     assert alone[1:5] == ["-m", "pytest", "-m", "gpu"] and "-n" not in alone and alone[-2:] == ["-k", "x"]
     several = gpu_tests.command(8, [])
     assert several[several.index("-n") + 1] == "8"
+    assert gpu_tests.command(1, [], multigpu=True)[3:5] == ["-m", "gpu and multigpu"]
