@@ -115,15 +115,9 @@ def keep(path: Path, found: list[Outcome], environment: dict[str, Any]) -> Count
 
 def environment(date: str, seconds: float, arguments: list[str], ended_early: bool) -> dict[str, Any]:
     """The run's; the device is asked for here, after the tests have left it."""
-    import jax
-
     return {
+        **records.provenance(),
         "date": date,
-        "device_kind": jax.devices()[0].device_kind,
-        "nvidia_smi": records.nvidia_smi(),
-        "versions": records.versions(),
-        "revision": records.revision(),
-        "sources": records.sources(),
         "arguments": arguments,
         "seconds": round(seconds, 1),
         "ended_early": ended_early,

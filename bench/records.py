@@ -129,18 +129,27 @@ class Ceilings:
         return self.bound(int(spec.bytes()), int(spec.flops()), bits)
 
 
-def environment(arch: Arch | None, ceilings: Ceilings) -> dict[str, Any]:
-    """GPU, driver, clocks, versions and revision of this run. Call it while the clocks are still up."""
+def provenance() -> dict[str, Any]:
+    """What every record says of the run it comes from: now, on which device, with which versions and sources."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "gpu": arch.name if arch else jax.devices()[0].device_kind,
         "device_kind": jax.devices()[0].device_kind,
         "nvidia_smi": nvidia_smi(),
-        "copy_tb_s": round(ceilings.copy / 1e12, 4),
-        "matmul_tflop_s": round(ceilings.matmul / 1e12, 1),
-        "versions": {"python": platform.python_version(), **versions()},
+        "versions": versions(),
         "revision": revision(),
         "sources": sources(),
+    }
+
+
+def environment(arch: Arch | None, ceilings: Ceilings) -> dict[str, Any]:
+    """GPU, driver, clocks, versions and revision of this run. Call it while the clocks are still up."""
+    run = provenance()
+    return {
+        **run,
+        "gpu": arch.name if arch else run["device_kind"],
+        "copy_tb_s": round(ceilings.copy / 1e12, 4),
+        "matmul_tflop_s": round(ceilings.matmul / 1e12, 1),
+        "versions": {"python": platform.python_version(), **run["versions"]},
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
 

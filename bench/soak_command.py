@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
 import os
 import re
@@ -14,8 +13,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-
-import jax
 
 from bench import records
 from bench.soak import OTHER, START, STEPS, Soaking, SoakSpec
@@ -101,12 +98,7 @@ def soak(
     wrong = seen.wrong + [f"{count} graphs {name.lower()} by steps" for name, count in sorted(stepping.items())]
     path = results / records.gpu_folder(default_arch()) / "checks" / "soak.json"
     record = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device_kind": jax.devices()[0].device_kind,
-        "nvidia_smi": records.nvidia_smi(),
-        "versions": records.versions(),
-        "revision": records.revision(),
-        "sources": records.sources(),
+        **records.provenance(),
         "layers": spec.config.num_hidden_layers,
         "hidden_size": spec.config.hidden_size,
         "rows": spec.rows,

@@ -148,17 +148,11 @@ def started(options: argparse.Namespace, began: float) -> dict[str, Any]:
         "import_s": imported - began, "weights_s": made - imported, "first_token_s": first - made,
         "compile_s": compiling.seconds, "buckets_s": end - first,
     }  # fmt: skip
-    arch = default_arch()
-    environment = {
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()), "device_kind": jax.devices()[0].device_kind,
-        "nvidia_smi": records.nvidia_smi(), "versions": records.versions(), "revision": records.revision(),
-        "sources": records.sources(),
-    }  # fmt: skip
     return {
         **{name: round(value, 1) for name, value in seconds.items()},
         "case": spec.name, "tokens": options.tokens, "buckets": options.buckets, "programs": all_of_it.programs,
-        "from_cache": all_of_it.from_cache, "cores": cores, "environment": environment,
-        "folder": records.gpu_folder(arch),
+        "from_cache": all_of_it.from_cache, "cores": cores, "environment": records.provenance(),
+        "folder": records.gpu_folder(default_arch()),
     }  # fmt: skip
 
 

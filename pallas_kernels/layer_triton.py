@@ -5,20 +5,13 @@ Loading it is a memory latency before the first address of a weight is known: 0.
 
 from __future__ import annotations
 
-import jax
 import triton
 import triton.language as tl
 
 
-def layer_argument(layer: int | jax.Array) -> int | jax.Array:
-    """What to pass for a layer, static or traced scalar."""
-    # Odd and above 1, for which Triton does not compile once more: one kernel serves all layers.
-    return layer * 32 + 17 if isinstance(layer, int) else layer.reshape(1)
-
-
 @triton.jit
 def layer_of(layer):
-    """int32, from a kernel's argument made by ``layer_argument``."""
+    """int32, from a kernel's argument made by ``layer_index.layer_argument``."""
     if layer.dtype.is_ptr():
         return tl.load(layer)
     else:

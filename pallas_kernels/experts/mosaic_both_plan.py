@@ -8,12 +8,10 @@ import operator
 from typing import Any
 
 from pallas_kernels.blocks import BLOCK
-from pallas_kernels.experts.mosaic_plan import LINE, TILE, UNIT
+from pallas_kernels.experts.mosaic_plan import LINE, SMEM, SMS, TILE, UNIT
 from pallas_kernels.experts.spec import Spec, joined
 
 HALF = TILE // 2  # rows of gate, and of up, in a tile of gate_up
-SMS = 132
-_SMEM = 227 * 1024 - 6 * 1024  # of a block of threads, without barriers and alignment
 # Tiles of x that a warpgroup holds in registers at the start, four registers each.
 _MOST_LOADS = 24
 
@@ -164,7 +162,7 @@ def both_of(spec: Spec, **changes: int) -> Both | None:
     sizes = {"step": step, "groups": 2, "stages": 1} | changes
     plan = Both(spec.rows, spec.k, spec.experts, spec.hidden, spec.width, terms, **sizes)  # type: ignore[arg-type]
     if "stages" not in changes:
-        plan = dataclasses.replace(plan, stages=min(12, (_SMEM - plan.smem()) // plan.stage_bytes + 1))
-    if plan.stages < 2 or plan.smem() > _SMEM or plan.loads > _MOST_LOADS:
+        plan = dataclasses.replace(plan, stages=min(12, (SMEM - plan.smem()) // plan.stage_bytes + 1))
+    if plan.stages < 2 or plan.smem() > SMEM or plan.loads > _MOST_LOADS:
         return None
     return plan

@@ -21,12 +21,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.blocks import BLOCK, E4M3
 from pallas_kernels.experts import mosaic_flags_sm90 as flags
 from pallas_kernels.experts.mosaic_both_plan import HALF, Both
+from pallas_kernels.experts.mosaic_one_sm90 import kernel_of
 from pallas_kernels.experts.mosaic_plan import LINE, TILE, UNIT
 from pallas_kernels.experts.mosaic_share_sm90 import Share
 from pallas_kernels.fp8_linear.mosaic_quantize_sm90 import split
@@ -233,17 +233,5 @@ def build(plan: Both, interpret: Any = None) -> Callable[..., list[jax.Array]]:
         inputs = 15
         Worker(plan, refs[:inputs], dict(zip(scratch, refs[inputs:], strict=True))).compute()
 
-    return plgpu.kernel(
-        experts_both,
-        out_type=[jax.ShapeDtypeStruct((plan.pairs + plan.rows, plan.hidden), jnp.float32)],
-        grid=(plan.workers,),
-        grid_names=("worker",),
-        num_threads=plan.groups,
-        thread_name="wg",
-        scratch_types=tuple(scratch.values()),
-        # Every shared buffer here is ordered by hand; every reduction stays within a warp.
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=mgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
-        ),
-        interpret=interpret,
-    )
+    out = [jax.ShapeDtypeStruct((plan.pairs + plan.rows, plan.hidden), jnp.float32)]
+    return kernel_of(experts_both, out, plan.workers, plan.groups, scratch, interpret)

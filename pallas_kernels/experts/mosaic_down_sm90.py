@@ -127,4 +127,4 @@ def build(plan: OneRow, interpret: Any = None) -> Callable[..., list[jax.Array]]
         _Down(plan, layer[0], ids, memory, *sizes).compute(h, shares, weights, out)
 
     out = jax.ShapeDtypeStruct((plan.hidden,), jnp.bfloat16)
-    return kernel_of(experts_down, out, plan.hidden // plan.down_rows, plan.groups_down, scratch, interpret)
+    return kernel_of(experts_down, [out], plan.hidden // plan.down_rows, plan.groups_down, scratch, interpret)

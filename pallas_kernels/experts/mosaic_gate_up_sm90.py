@@ -110,4 +110,4 @@ def build(plan: OneRow, interpret: Any = None) -> Callable[..., list[jax.Array]]
         _GateUp(plan, layer[0], ids, memory, *sizes).compute(x, weights, out)
 
     out = jax.ShapeDtypeStruct((plan.down_units * UNIT * BLOCK,), jnp.bfloat16)
-    return kernel_of(experts_gate_up, out, min(plan.workers, plan.tiles), plan.groups_up, scratch, interpret)
+    return kernel_of(experts_gate_up, [out], min(plan.workers, plan.tiles), plan.groups_up, scratch, interpret)

@@ -154,10 +154,10 @@ def scratch_of(plan: OneRow, units: int, groups: int, stages: int, step: int, co
     }
 
 
-def kernel_of(body: Any, out: Any, grid: int, groups: int, scratch: dict[str, Any], interpret: Any) -> Any:
+def kernel_of(body: Any, out: list[Any], grid: int, groups: int, scratch: dict[str, Any], interpret: Any) -> Any:
     return plgpu.kernel(
         body,
-        out_type=[out],
+        out_type=out,
         grid=(grid,),
         grid_names=("worker",),
         num_threads=groups,

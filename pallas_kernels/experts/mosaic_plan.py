@@ -11,8 +11,8 @@ from pallas_kernels.experts.spec import Spec
 UNIT = 8  # k-blocks of a row that share the eight columns of one wgmma
 TILE = 64  # rows of weights in one wgmma
 LINE = 32  # scales, or numbers of a table, that a copy takes: 128 bytes
-_SMS = 132
-_SMEM = 227 * 1024 - 6 * 1024  # of a block of threads, without barriers and alignment
+SMS = 132
+SMEM = 227 * 1024 - 6 * 1024  # of a block of threads, without barriers and alignment
 _DOWN_ROWS = (16, 32, 48, 64)
 
 
@@ -39,7 +39,7 @@ class OneRow:
     groups_down: int
     stages_up: int
     stages_down: int
-    workers: int = _SMS
+    workers: int = SMS
 
     @property
     def columns(self) -> int:
@@ -98,10 +98,10 @@ def one_row(spec: Spec, **changes: int) -> OneRow | None:
     if spec.rows != 1 or spec.hidden % (BLOCK * UNIT) or spec.width % BLOCK or spec.shared_width % BLOCK:
         return None
     fitting = [rows for rows in _DOWN_ROWS if spec.hidden % rows == 0]
-    down_rows = next((rows for rows in fitting if spec.hidden // rows <= _SMS), fitting[-1])
+    down_rows = next((rows for rows in fitting if spec.hidden // rows <= SMS), fitting[-1])
     sizes = (spec.k, spec.experts, spec.hidden, spec.width, spec.shared_width)
     # With few tiles an SM their latency counts: more warpgroups, smaller steps of down. As measured on an H200 (README).
-    few = (spec.k * spec.width + spec.shared_width) // 16 <= 4 * _SMS
+    few = (spec.k * spec.width + spec.shared_width) // 16 <= 4 * SMS
     step = math.gcd(2 if few else 4, math.gcd(spec.width, spec.shared_width) // BLOCK)
     groups = 3 if few else 2
     shape = {"parts": 2, "down_rows": down_rows, "step": step, "groups_up": groups, "groups_down": groups}
@@ -109,12 +109,12 @@ def one_row(spec: Spec, **changes: int) -> OneRow | None:
     plan = OneRow(*sizes, 2 if spec.arithmetic == "w8a16" else 1, **shape)
     if "stages_up" not in changes:
         stage = plan.groups_up * (TILE * plan.up_step * BLOCK + 8 * LINE)
-        plan = dataclasses.replace(plan, stages_up=min(12, (_SMEM - plan.up_bytes()) // stage + 1))
+        plan = dataclasses.replace(plan, stages_up=min(12, (SMEM - plan.up_bytes()) // stage + 1))
     if "stages_down" not in changes:
         stage = plan.groups_down * (TILE * plan.step * BLOCK + 8 * LINE)
         share = -(-plan.most_blocks // (plan.step * plan.groups_down))
-        plan = dataclasses.replace(plan, stages_down=min(12, share, (_SMEM - plan.down_bytes()) // stage + 1))
-    if min(plan.stages_up, plan.stages_down) < 1 or max(plan.up_bytes(), plan.down_bytes()) > _SMEM:
+        plan = dataclasses.replace(plan, stages_down=min(12, share, (SMEM - plan.down_bytes()) // stage + 1))
+    if min(plan.stages_up, plan.stages_down) < 1 or max(plan.up_bytes(), plan.down_bytes()) > SMEM:
         return None
     return plan
 
@@ -142,7 +142,7 @@ class Rows:
     piece: int
     groups: int
     stages: int
-    workers: int = _SMS
+    workers: int = SMS
 
     @property
     def pairs(self) -> int:
@@ -231,7 +231,7 @@ def several_rows(spec: Spec, **changes: int) -> tuple[Rows, Rows] | None:
             step, piece, groups = 1, math.gcd(2, common), 2
         plan = Rows(*sizes, n, depth, shared_n, shared_depth, folded, step, piece, groups, 1)
         plan = dataclasses.replace(plan, **changes)
-        stages = changes.get("stages", min(12, (_SMEM - plan.smem()) // plan.stage_bytes + 1))
+        stages = changes.get("stages", min(12, (SMEM - plan.smem()) // plan.stage_bytes + 1))
         if stages < 2:
             return None
         plans.append(dataclasses.replace(plan, stages=stages))

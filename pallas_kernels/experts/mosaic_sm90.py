@@ -13,14 +13,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import fp8_linear
 from pallas_kernels.blocks import BLOCK, E4M3, BlockScaled
 from pallas_kernels.experts import mosaic_both_sm90, mosaic_down_sm90, mosaic_gate_up_sm90
-from pallas_kernels.experts.mosaic_both_plan import SMS, Both, both_of
-from pallas_kernels.experts.mosaic_plan import LINE, TILE, UNIT, OneRow, Rows, one_row, several_rows
+from pallas_kernels.experts.mosaic_both_plan import Both, both_of
+from pallas_kernels.experts.mosaic_one_sm90 import kernel_of
+from pallas_kernels.experts.mosaic_plan import LINE, SMS, TILE, UNIT, OneRow, Rows, one_row, several_rows
 from pallas_kernels.experts.mosaic_rows_sm90 import Worker
 from pallas_kernels.experts.spec import Spec, mailbox_words
 from pallas_kernels.lowering import default_arch
@@ -156,20 +156,5 @@ def build_rows(plan: Rows, interpret: Any = None) -> Callable[..., list[jax.Arra
         Worker(plan, refs[:inputs], dict(zip(scratch, refs[inputs:], strict=True))).compute()
 
     out = jnp.bfloat16 if plan.mats == 2 else jnp.float32
-    return plgpu.kernel(
-        experts_rows,
-        out_type=[
-            jax.ShapeDtypeStruct((plan.pairs, plan.n), out),
-            jax.ShapeDtypeStruct((plan.rows, plan.shared_n), out),
-        ],
-        grid=(plan.workers,),
-        grid_names=("worker",),
-        num_threads=plan.groups,
-        thread_name="wg",
-        scratch_types=tuple(scratch.values()),
-        # Every shared buffer here is ordered by hand; every reduction stays within a warp.
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=mgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
-        ),
-        interpret=interpret,
-    )
+    shapes = [jax.ShapeDtypeStruct((plan.pairs, plan.n), out), jax.ShapeDtypeStruct((plan.rows, plan.shared_n), out)]
+    return kernel_of(experts_rows, shapes, plan.workers, plan.groups, scratch, interpret)

@@ -21,7 +21,8 @@ from pallas_kernels.e4m3_triton import from_e4m3, to_e4m3_bits
 from pallas_kernels.index_keys.plan import Plan, plan_for
 from pallas_kernels.index_keys.reference import LAYER_NORM_EPS
 from pallas_kernels.index_keys.spec import QUERY, WRITE, Spec
-from pallas_kernels.layer_triton import layer_argument, layer_of
+from pallas_kernels.layer_index import layer_argument
+from pallas_kernels.layer_triton import layer_of
 from pallas_kernels.lowering import default_arch, triton_options
 from pallas_kernels.paged import INDEX_SCALE_FLOOR, PAGE
 

@@ -17,7 +17,8 @@ import triton.language as tl
 from pallas_kernels import fp8_linear, latent_write
 from pallas_kernels.blocks import Weight
 from pallas_kernels.latent_write.triton import write_row
-from pallas_kernels.layer_triton import layer_argument, layer_of
+from pallas_kernels.layer_index import layer_argument
+from pallas_kernels.layer_triton import layer_of
 from pallas_kernels.loaded_triton import loaded
 from pallas_kernels.lowering import triton_options
 from pallas_kernels.mla_front.spec import Spec

@@ -8,7 +8,8 @@ import jax_triton
 import triton
 import triton.language as tl
 
-from pallas_kernels.layer_triton import layer_argument, layer_of
+from pallas_kernels.layer_index import layer_argument
+from pallas_kernels.layer_triton import layer_of
 from pallas_kernels.lowering import triton_options
 from pallas_kernels.norm_quant.spec import Spec, padded
 

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.e4m3_triton import quantize_rows
-from pallas_kernels.layer_triton import layer_argument, layer_of
+from pallas_kernels.layer_index import layer_argument
+from pallas_kernels.layer_triton import layer_of
 from pallas_kernels.lowering import triton_options
 from pallas_kernels.norm_quant import split_triton
 from pallas_kernels.norm_quant.spec import Spec

@@ -19,6 +19,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from pallas_kernels import jax_gluon
+from pallas_kernels.layer_index import layer_argument
 from pallas_kernels.lowering import triton_options
 from pallas_kernels.router.gluon_choice import bits_ahead, eight, hear, list_rows, places_of, store_choice, tell
 from pallas_kernels.router.gluon_words import KEEP, keys_of, operands, wait_for_sums, word
@@ -241,8 +242,7 @@ def run(
     row, unused = shape((spec.rows, spec.hidden), x.dtype), shape((1,), jnp.int32)
     total, normed, ids, weights, table, order = jax_triton.triton_call(
         x, x if delta is None else delta, x if norm is None else norm, gate, bias,
-        # A number of the launch, not of the kernel: odd and above 1, for which Triton does not compile once more.
-        layer * 32 + 17 if isinstance(layer, int) else layer.reshape(1), spec.k, words,
+        layer_argument(layer), spec.k, words,
         kernel=few_rows_kernel,
         out_type=(
             row if spec.delta else unused, row if spec.norm else unused,

@@ -35,7 +35,7 @@ def test_an_int_stays_one_and_everything_else_is_an_int32_scalar() -> None:
 
 @pytest.mark.needs_triton
 def test_known_layers_share_a_kernel_that_reads_none() -> None:
-    from pallas_kernels.layer_triton import layer_argument
+    from pallas_kernels.layer_index import layer_argument
 
     assert [layer_argument(layer) for layer in range(4)] == [17, 49, 81, 113]
     assert all(layer_argument(layer) >> 5 == layer and layer_argument(layer) % 16 == 1 for layer in range(128))
