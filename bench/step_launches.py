@@ -14,6 +14,8 @@ STAGES = {
 }
 _MOSAIC, _TRITON = "mosaic_gpu_v2", ("triton_kernel_call_ffi", "triton_kernel_call")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (\(?[a-z0-9]+\[[\d,]*\]).*? (fusion|custom-call)\(")
+# XLA's wrapping of a call whose operands are layers of stacks: a kernel gets pointers, and nothing is copied.
+_WRAPPED = re.compile(r"kind=kCustom, calls=%?([\w.-]+)")
 _OPERATION = re.compile(r"^([a-z_0-9]+)\.(?:triton|gluon|mosaic\w*|reference)$")
 _OPAQUE = re.compile(r'opaque = "((?:[^"\\]|\\.)*)"', re.DOTALL)
 _ESCAPED = re.compile(r"\\([0-9A-Fa-f]{2}|.)", re.DOTALL)
@@ -32,7 +34,11 @@ class Launch:
 def launches(hlo: str) -> tuple[list[Launch], dict[str, Launch]]:
     """(our custom calls in the program's order, XLA's kernels by name) of an optimized, scheduled module."""
     ours, fusions = [], {}
-    for line in hlo.partition("\nENTRY ")[2].splitlines():
+    before, _, entry = hlo.partition("\nENTRY ")
+    wrapped = _wrapped(before)
+    for line in entry.splitlines():
+        calls = _WRAPPED.search(line)
+        line = wrapped.get(calls[1], line) if calls else line
         found = _INSTRUCTION.match(line)
         if found is None:
             continue
@@ -48,6 +54,17 @@ def launches(hlo: str) -> tuple[list[Launch], dict[str, Launch]]:
         elif target[1] in _TRITON:
             ours.append(dataclasses.replace(launch, kernel=_triton_name(line)))
     return ours, fusions
+
+
+def _wrapped(computations: str) -> dict[str, str]:
+    """The lines of the custom calls of fused computations, by the computation's name."""
+    found, name = dict[str, str](), ""
+    for line in computations.splitlines():
+        if line and not line[0].isspace():
+            name = line.split(" ", 1)[0].lstrip("%")
+        elif "custom_call_target=" in line:
+            found[name] = line
+    return found
 
 
 def _triton_name(line: str) -> str:

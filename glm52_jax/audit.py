@@ -23,6 +23,8 @@ from glm52_jax.decode import DecodeState
 from glm52_jax.program import DecodeProgram, State
 
 COMMAND_BUFFER = "kCommandBuffer"
+# Not a launch: the thunk inside it, which has a line of its own, gets pointers into stacks.
+_POINTERS = "kDynamicSliceFusion"
 # A line of a thunk sequence: blanks for each level, a number since 2025, the kind, then details: after a tab until 2025, since
 # then after the thunks that it waits for and lets go, in brackets.
 _THUNK = re.compile(r"^(?P<indent> *)(?:\d+: )?(?P<kind>k[A-Z]\w*)\s*(?:\t|$|\[)")
@@ -70,7 +72,7 @@ def graph_of(text: str) -> Graph:
             continue
         indent, kind = len(found["indent"]), found["kind"]
         if level is not None and indent > level:
-            inside[kind] += 1
+            inside.update([kind] if kind != _POINTERS else [])
             continue
         level = None
         if kind == COMMAND_BUFFER:

@@ -41,7 +41,8 @@ GRAPH = """\
 000: kCommandBuffer [source | sink] 
     001: kCustomKernel [source        | next=002 (1)] loop_dynamic_slice_fusion grid: [48, 1, 1] threads: [128, 1, 1]
     002: kCustomCall   [prev=001 (1)  | next=003 (1)] kCustomCall
-    003: kCustomCall   [prev=002 (1)  | sink        ] kCustomCall
+    003: kDynamicSliceFusion [prev=002 (1) | sink] params=5, results=1
+        004: kCustomCall [source | sink] kCustomCall
 """
 # A burst: the graph in a loop, and what counts its rounds.
 LOOP = """\

@@ -153,6 +153,12 @@ HloModule jit_traced, is_scheduled=true
   ROOT %x = f32[8]{0} fusion(%p), kind=kLoop, calls=%g, metadata={op_name="jit(traced)/no kernel of its own"}
 }
 
+%dynamic-slice-fusion.7 (p: f32[9,2]) -> f32[2] {
+  %slice.8 = f32[1,2]{1,0} slice(%p), slice={[3:4], [0:2]}
+  ROOT %call.4 = f32[2]{0} custom-call(%slice.8), custom_call_target="triton_kernel_call_ffi", \
+metadata={op_name="jit(traced)/layer1/attention/indexer/top_k.gluon/call"}, backend_config={opaque = "PACKED"}
+}
+
 ENTRY %main (a: bf16[9,8]) -> s32[1] {
   %a = bf16[9,8]{1,0} parameter(0)
   %loop.slice-fusion = bf16[1,8]{1,0} fusion(%a), kind=kLoop, calls=%f, metadata={op_name="jit(traced)/gather"}
@@ -161,8 +167,7 @@ metadata={op_name="jit(traced)/layer0/attention/mla_out.triton/fp8_linear.mosaic
   %call.2 = f32[2]{0} custom-call(%c), custom_call_target="triton_kernel_call_ffi", \
 metadata={op_name="jit(traced)/layer0/attention/indexer/top_k.gluon/call"}, backend_config={opaque = "PACKED"}
   %tuple.3 = (f32[1]{0}, u8[4]{0}) custom-call(%d), custom_call_target="Other"
-  %call.4 = f32[2]{0} custom-call(%c), custom_call_target="triton_kernel_call_ffi", \
-metadata={op_name="jit(traced)/layer1/attention/indexer/top_k.gluon/call"}, backend_config={opaque = "PACKED"}
+  %wrapped.4 = f32[2]{0} fusion(%c), kind=kCustom, calls=%dynamic-slice-fusion.7, metadata={op_name="jit(traced)/of a layer"}
   ROOT %gemm_fusion = s32[1]{0} fusion(%a), kind=kCustom, calls=%h, metadata={op_name="jit(traced)/head/fp8_linear.reference/dot"}
 }
 """

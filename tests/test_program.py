@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import glm52_jax
 from glm52_jax import Sampling, audit, buckets, decode, generate, program
 from glm52_jax.decode import NOTHING, DecodeState
+from glm52_jax.plan import Parallel
 from glm52_jax.prefill import prefill
 from glm52_jax.program import DecodeProgram, State
 from glm52_jax.tiny import tiny_config, write_checkpoint
@@ -237,6 +239,18 @@ def test_generate_runs_it_on_gpus_and_never_emits_what_follows_a_stop(monkeypatc
     first = [token for _, token, _ in free].index(stop)
     assert drawn((stop,)) == [*free[:first], (0, stop, True)]
     assert len(steps) == first + 2
+    # As on several GPUs: four steps a call, the last of them for nothing; the prompt's pages have room for it.
+    steps.clear()
+    monkeypatch.setattr(generate, "burst", lambda plan: 4)
+    assert drawn(()) == free and steps == [2] * 10
+    assert drawn((stop,)) == [*free[:first], (0, stop, True)]
+
+
+def test_bursts_are_for_several_devices() -> None:
+    plan = tiny().plan
+    meshes = [jax.sharding.AbstractMesh((count,), ("d",)) for count in (1, 2)]
+    several = [dataclasses.replace(plan, parallel=Parallel(mesh, "tp")) for mesh in meshes]  # type: ignore[arg-type]
+    assert [buckets.burst(one) for one in (plan, *several)] == [1, 1, 4]
 
 
 # --- several query rows -----------------------------------------------------------------------------------------------------------
