@@ -283,7 +283,8 @@ def exchange(
         jax.ShapeDtypeStruct(tuple(shape), x.dtype), jax.ShapeDtypeStruct(x.shape, x.dtype) if norm else unused,
         jax.ShapeDtypeStruct(state.epoch.shape, jnp.uint32),
     )  # fmt: skip
-    index = state.status if layer is None else layer.reshape(1)
+    # Not the status where there is no layer: XLA copies what a call both reads and changes in place, 1 us each time.
+    index = work.table if layer is None else layer.reshape(1)
     status = jax.new_ref(state.status)  # changed in place, and only where a peer is missing
     out, normed, epoch = jax_triton.triton_call(
         x, x if residual is None else residual, x if weight is None else weight, index, work.words, work.table,

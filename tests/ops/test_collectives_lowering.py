@@ -49,6 +49,9 @@ def test_every_served_case_compiles(case: str, gpu: str) -> None:
     text = lower(spec, gpu)
     assert text.count("triton_kernel_call") == (2 if workspace.two_shots(spec) else 1)
     assert "output_operand_alias" in text  # the status stays where it is
+    for operands, index in re.findall(r"@triton_kernel_call\w*\((.*?)\).*?operand_index = (\d+)", text):
+        names = operands.split(", ")
+        assert names.count(names[int(index)]) == 1, "XLA copies what a call changes in place and reads too"
 
 
 def ptx(spec: Message, gpu: str, monkeypatch: pytest.MonkeyPatch) -> str:
