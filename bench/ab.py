@@ -7,7 +7,8 @@ pair begins with the other side, so that clocks and temperature favour neither. 
     FOLDER                   a checkout; "." is the working tree
     ...@SETTING[,SETTING]    with another plan: linear=w8a8, or OPERATION=BACKEND, such as experts=reference
 
-The ratio is B over A of each pair of rounds; its spread is what says whether a difference is one.
+The ratio is B over A of each pair of rounds; its spread is what says whether a difference is one. Kept in
+``bench/results/<gpu>/step/ab.json``, of each pair of sides and each step the last.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from bench import ab_worker, records
+from bench.records import FigureFile
 from glm52_jax.parallel import RULES
+from pallas_kernels.lowering import default_arch
 
 _PARTS = ("glm52_jax", "pallas_kernels", "bench")
 # Of the GPU's memory, for each of two processes.
@@ -133,14 +136,50 @@ class Outcome:
         """B over A, pair by pair."""
         return [b / a for a, b in zip(self.a, self.b, strict=True)]
 
-    def __str__(self) -> str:
+    @property
+    def quartiles(self) -> tuple[float, float, float]:
+        """Of the ratios: half of them lie between the first and the last."""
         ratios = sorted(self.ratios)
-        low, middle, high = ratios[len(ratios) // 4], statistics.median(ratios), ratios[-1 - len(ratios) // 4]
+        return ratios[len(ratios) // 4], statistics.median(ratios), ratios[-1 - len(ratios) // 4]
+
+    def __str__(self) -> str:
+        ratios, (low, middle, high) = sorted(self.ratios), self.quartiles
         sure = "B is slower" if low > 1 else "B is faster" if high < 1 else "no difference beyond the spread"
         return (
             f"A {statistics.median(self.a) / 1e3:.4f} ms, B {statistics.median(self.b) / 1e3:.4f} ms a step; B / A {middle:.4f}, "
             f"half of {len(ratios)} pairs in {low:.4f} .. {high:.4f}, all in {ratios[0]:.4f} .. {ratios[-1]:.4f}: {sure}"
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """Sides as they were given; step: what both ran; a_us, b_us: medians of a step; ratio: B over A, its median, low and high half
+    of ``pairs``."""
+
+    a: str
+    b: str
+    step: str
+    pairs: int
+    a_us: float
+    b_us: float
+    ratio: float
+    low: float
+    high: float
+    run: str = ""
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return (self.a, self.b, self.step)
+
+    @classmethod
+    def of(cls, a: str, b: str, step: str, outcome: Outcome, run: str) -> Self:
+        low, middle, high = (round(ratio, 4) for ratio in outcome.quartiles)
+        medians = (round(statistics.median(us), 2) for us in (outcome.a, outcome.b))
+        return cls(a, b, step, len(outcome.a), *medians, middle, low, high, run)
+
+
+FILE = FigureFile("comparisons", Figure, "comparisons of steps")
+NAME = "ab.json"
 
 
 def compare(a: Worker, b: Worker, rounds: int) -> Outcome:
@@ -164,6 +203,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--parallel", choices=tuple(RULES), help="time one rank of --devices, alone on one GPU")
     command.add_argument("--devices", type=int, default=1, help="default %(default)s")
     command.add_argument("--rounds", type=int, default=20, help="pairs of rounds (default %(default)s)")
+    command.add_argument("--results", type=Path, default=records.RESULTS, help="where the record is kept")
 
 
 def request(options: argparse.Namespace) -> dict[str, Any]:
@@ -179,7 +219,7 @@ def request(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(options: argparse.Namespace, say: Callable[[str], None] = print) -> int:
-    """Times two revisions or plans of the whole step interleaved, each in a process of its own; prints ratio and spread."""
+    """Times two revisions or plans of the whole step interleaved, each in a process of its own; prints and keeps their ratio."""
     sides: Sequence[Side] = [Side.parse(text) for text in (options.a, options.b)]
     asked = request(options)
     with contextlib.ExitStack() as stack:
@@ -190,5 +230,13 @@ def main(options: argparse.Namespace, say: Callable[[str], None] = print) -> int
             facts = worker.ask()
             say(f"{name}: {side.text}, compiled in {facts['compile_s']} s, {facts['backends']}")
             workers.append(worker)
-        say(str(compare(workers[0], workers[1], options.rounds)))
+        outcome = compare(workers[0], workers[1], options.rounds)
+    say(str(outcome))
+    # Only now that the sides have let go of the GPU: asking for its name makes this process one that uses it.
+    environment = records.provenance()
+    run = f"{environment['date']} {environment['sources']}"
+    step = ", ".join(f"{name}={value}" for name, value in {"layers": asked["layers"], **asked["spec"]}.items())
+    step += f", tiny={asked['tiny']}" if asked["tiny"] is not None else ""
+    figure = Figure.of(options.a, options.b, step, outcome, run)
+    FILE.merge(options.results / records.gpu_folder(default_arch()) / "step" / NAME, [figure], environment)
     return 0

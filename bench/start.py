@@ -128,7 +128,7 @@ def started(options: argparse.Namespace, began: float) -> dict[str, Any]:
     from pallas_kernels.lowering import default_arch
 
     compile_cache.enable()
-    cores, _ = os.cpu_count() or 0, jax.devices()
+    cores, _ = len(os.sched_getaffinity(0)), jax.devices()
     imported = time.time()
     config = glm52(options.layers) if options.tiny is None else Config.from_hf(tiny_config(**json.loads(options.tiny)))
     rank = {"mode": "tp", "devices": options.devices, "rank": True} if options.devices > 1 else {}

@@ -77,12 +77,18 @@ def test_two_processes_are_timed_in_turns(tmp_path: Path) -> None:
         "2",
         "--tiny",
         '{"vocab_size": 9}',
+        "--results",
+        str(tmp_path / "results"),
     )
     assert ab.main(options(*given), said.append) == 0
     assert "'experts': 'None'" in said[0] and "'experts': 'reference'" in said[1]
     assert '"linear": "w8a8"' in said[1] and '"linear"' not in said[0] and '"vocab_size": 9' in said[0]
     assert said[2].startswith("A 1.0000 ms, B 1.5000 ms a step; B / A 1.5000, half of 5 pairs in 1.5000 .. 1.5000")
     assert said[2].endswith("B is slower")
+    (path,) = (tmp_path / "results").rglob(ab.NAME)
+    runs, (figure,) = ab.FILE.read(path)
+    assert (figure.a, figure.pairs, figure.a_us, figure.b_us, figure.ratio) == (str(a), 5, 1000.0, 1500.0, 1.5)
+    assert figure.b.endswith("linear=w8a8") and "rows=2" in figure.step and figure.run in runs
 
 
 def test_a_side_that_fails_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
