@@ -174,8 +174,8 @@ class Figure:
     @classmethod
     def of(cls, a: str, b: str, step: str, outcome: Outcome, run: str) -> Self:
         low, middle, high = (round(ratio, 4) for ratio in outcome.quartiles)
-        medians = (round(statistics.median(us), 2) for us in (outcome.a, outcome.b))
-        return cls(a, b, step, len(outcome.a), *medians, middle, low, high, run)
+        a_us, b_us = (round(statistics.median(us), 2) for us in (outcome.a, outcome.b))
+        return cls(a, b, step, len(outcome.a), a_us, b_us, middle, low, high, run)
 
 
 FILE = FigureFile("comparisons", Figure, "comparisons of steps")
