@@ -32,6 +32,7 @@ from glm52_jax.layers.moe import mixed
 from pallas_kernels import paged, registry
 from pallas_kernels.compare import rel_l2
 from pallas_kernels.lowering import default_arch
+from pallas_kernels.parts import whole
 
 LAYER, UNROLLED, EXPERTS, AROUND = "layer", "layer-unrolled", "experts", "experts+exchange"
 PARTS = (LAYER, UNROLLED, EXPERTS, AROUND)
@@ -147,7 +148,7 @@ def layers(spec: StepSpec, weights: Any, fixed: Any, carry: Carry) -> Carry:
         given = (weights.attention, layer, _NO_INDEXER, None, x, delta, cache, rows, selection, config, plan)
         x, out, cache, _ = add_attention(*given)
         x, delta, _, mailbox = model.add_mlp(weights, layer, x, out, mailbox, config, plan)
-    return (x if delta is None else x + delta), cache.latent
+    return (x if delta is None else x + whole(delta, x.dtype)), cache.latent
 
 
 def experts(spec: StepSpec, weights: Any, carry: Carry, exchanged: bool) -> Carry:

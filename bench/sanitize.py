@@ -50,6 +50,8 @@ SMALL: dict[str, dict[str, dict[str, Any]]] = {
         "o_proj_w8a8": {"k": 1024, "ns": (256,), "rows": 256},
         "q_b_w8a16": {"k": 1024, "ns": (256,), "rows": 256},
         "norm_q_b_tp8_w8a16": {"k": 1024, "ns": (128, 64)},
+        "norm_q_b_w8a16": {"k": 2048, "ns": (64,), "rows": 1},
+        "q_a_kv_a_w8a16": {"ns": (64,), "rows": 8},
         "add_norm_q_a_kv_a_w8a16": {"k": 3072, "ns": (128, 64), "rows": 9},
     },
     "index_keys": {"both_w8a16": {"hidden": 1024, "q_lora_rank": 512, "heads": 16, "pages": 4}},
@@ -60,18 +62,12 @@ SMALL: dict[str, dict[str, dict[str, Any]]] = {
     },
     "mla_out": {"h8_w8a16": {"heads": 2, "hidden": 256}, "h8_w8a16_parts": {"heads": 2, "hidden": 256}},
     "mqa_logits": {"decode_2k": {}},
-    "norm_quant": {
-        "add_norm_6144": {},
-        "add_norm_split_6144": {"width": 2048},
-        "add_norm_quantize_6144": {"width": 2048},
-        "quantize_16384": {"width": 2048},
-    },
     "sparse_mla": {
         "h64_k2048_fp8": {"k": 192, "pages": 16},
         "h8_k2048_fp8": {"k": 192, "pages": 16},
         "h16_k2048_fp8": {"k": 192, "pages": 16},
     },
-    "top_k": {"8k": {}},
+    "top_k": {"2k": {"n": 4352, "pages": 68}, "8k": {}},
 }
 ROWS = (1, 5)
 _SUMMARY = {

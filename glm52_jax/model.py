@@ -21,6 +21,7 @@ from glm52_jax.layers.moe import Mailboxes, add_moe, mixed, new_mailboxes
 from glm52_jax.plan import Plan
 from glm52_jax.weights import Weights
 from pallas_kernels import collectives, fp8_linear, norm_quant
+from pallas_kernels.parts import Parts, whole
 
 # Inspection points: "hidden.<layer>" [batch, width, hidden], "topk.<layer>" [batch, width, index_topk], "experts.<layer>" [.., k].
 type Taps = dict[str, jax.Array]
@@ -44,7 +45,7 @@ def forward(
     batch, width = tokens.shape
     x = embed(weights, tokens, plan)
     # What the block before has yet to add to x: the sum shares a launch with the norm after it.
-    delta: jax.Array | None = None
+    delta: jax.Array | Parts | None = None
     selection: Selection | None = None
     mailbox = new_mailbox(weights, x.shape[0], config, plan)
     found: Taps = {}
@@ -69,14 +70,13 @@ def forward(
                 x, out, cache, selection = add_attention(*given)
             x, delta, chosen, mailbox = add_mlp(weights, layer, x, out, mailbox, config, plan)
         if taps:
-            found[f"hidden.{layer}"] = (x + delta).reshape(batch, width, -1)
+            found[f"hidden.{layer}"] = (x + whole(delta, x.dtype)).reshape(batch, width, -1)
             if full:
                 found[f"topk.{layer}"] = pad_selection(selection, config.index_topk)
             if chosen is not None:
                 found[f"experts.{layer}"] = chosen.reshape(batch, width, -1)
     with jax.named_scope("head"):
-        x = x if delta is None else x + delta
-        x = norm_quant.rms_norm(x, weights.norm, config.rms_norm_eps)
+        _, x = norm_quant.add_norm(x, delta, weights.norm[None], 0, config.rms_norm_eps)
     return x.reshape(batch, width, -1), cache, found
 
 
@@ -94,11 +94,12 @@ def add_mlp(
     mailbox: Mailboxes | None,
     config: Config,
     plan: Plan,
-) -> tuple[jax.Array, jax.Array, jax.Array | None, Mailboxes | None]:
+) -> tuple[jax.Array, jax.Array | Parts, jax.Array | None, Mailboxes | None]:
     """Adds attention's ``out``, of which each device has a summand, to the residual stream and applies the layer's MLP.
 
-    mailbox: of ``new_mailbox``. Returns the stream, the MLP's output (summed, not added yet), the chosen experts of a sparse layer,
-    and the mailbox. One device adds and norms in the launch of what follows, several in that of their sum.
+    mailbox: of ``new_mailbox``. Returns the stream, the MLP's output (summed over the devices, not added yet), the chosen experts
+    of a sparse layer, and the mailbox. One device sums its experts, adds and norms in the launch of what follows, several add and
+    norm in that of their sum.
     """
     alone, eps = plan.parallel is None or plan.parallel.devices == 1, config.rms_norm_eps
     if config.mlp_layer_types[layer] == DENSE:

@@ -13,6 +13,7 @@ from glm52_jax.weights import DenseWeights, IndexerWeights
 from pallas_kernels import latent_write, mla_front
 from pallas_kernels.blocks import random_blocks
 from pallas_kernels.compare import compare
+from pallas_kernels.parts import Parts
 
 SMALL = layer.LayerSpec(rows=3, layers=2, tokens=256, hidden=256, heads=4, q_lora_rank=128, kv_lora_rank=128, topk=64)
 
@@ -40,6 +41,17 @@ def test_pending_sum_is_added_before_the_norm(given) -> None:
     np.testing.assert_array_equal(np.asarray(cache.latent), np.asarray(want_cache.latent))
     unadded, _, _ = run(attention, x, (), (x, latent), fixed)
     assert compare(out.astype(jnp.float32), unadded.astype(jnp.float32)).rel_l2 > 0.1
+
+
+def test_parts_of_a_pending_sum_are_added_as_their_sum(given) -> None:
+    (x, latent), fixed, _ = given
+    ids, weights = jnp.asarray([[0, 3], [4, 1], [2, 2]], jnp.int32), jnp.asarray([[0.5, 2], [1, 0.25], [1, 1]])
+    parts = jax.random.normal(jax.random.key(9), (9, x.shape[1]), jnp.float32)
+    delta = Parts(parts.at[2].set(jnp.nan), ids, weights, 4)
+    got = run(add_attention, x, (delta,), (x, latent), fixed)
+    want = run(add_attention, x, (delta.summed(x.dtype),), (x, latent), fixed)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
 def test_without_a_sum_the_stream_is_passed_on(given) -> None:

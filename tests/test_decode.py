@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,9 @@ from glm52_jax import Sampling, decode, generate, prefill
 from glm52_jax.cache import Cache, Rows, contiguous_table, make_cache, make_rows
 from glm52_jax.model import forward, logits
 from glm52_jax.weights import Weights
+from pallas_kernels import experts
 from pallas_kernels.compare import rel_l2
+from pallas_kernels.parts import Parts
 from tests.fixtures_util import BY_NAME, checkpoint_dir, first_layers, reference_model
 from tests.test_program import tiny
 
@@ -243,3 +246,31 @@ def test_decode_step_keeps_its_buffers(few_programs: None) -> None:
     state = decode.decode_step(model.weights, state, config=model.config, plan=model.plan)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), state) == shapes
     assert old.is_deleted()
+
+
+def test_experts_that_leave_their_sum_to_the_next_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel may hand out the parts of a sum: the stream, the taps and what the last layer leaves to the head are the same."""
+    model, mix, left = shallow(), experts.mix, []
+
+    def leaving(*args: Any, apart: bool = False, **options: Any) -> Any:
+        y, mailbox = mix(*args, apart=apart, **options)
+        if not apart:
+            return y, mailbox
+        left.append(y)
+        nothing = jnp.full(y.shape, jnp.nan, jnp.float32)
+        ids, weights = jnp.full((y.shape[0], 1), -1, jnp.int32), jnp.ones((y.shape[0], 1))
+        return Parts(jnp.concatenate([nothing, y.astype(jnp.float32)]), ids, weights, 4), mailbox
+
+    tokens, counts = jnp.asarray(BY_NAME["long"].ids()[:10], jnp.int32).reshape(2, 5), jnp.array([5, 5], jnp.int32)
+    cache = make_cache(model.config, model.plan, 2)
+    rows = make_rows(model.config, contiguous_table(2, 1), jnp.zeros(2, jnp.int32), counts, 5)
+
+    def run() -> Any:
+        return jax.jit(lambda w, c: forward(w, tokens, c, rows, model.config, model.plan, True))(model.weights, cache)
+
+    want = run()
+    monkeypatch.setattr(experts, "mix", leaving)
+    got = run()
+    assert len(left) == 2
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))

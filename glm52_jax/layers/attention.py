@@ -10,6 +10,7 @@ from glm52_jax.layers import indexer
 from glm52_jax.plan import Plan
 from glm52_jax.weights import AttentionWeights, IndexerWeights
 from pallas_kernels import fp8_linear, mla_front, mla_out, sparse_mla
+from pallas_kernels.parts import Parts
 
 
 def attention(
@@ -35,7 +36,7 @@ def add_attention(
     index_weights: IndexerWeights,
     index_layer: int | None,
     x: jax.Array,
-    delta: jax.Array | None,
+    delta: jax.Array | Parts | None,
     cache: Cache,
     rows: Rows,
     selection: Selection | None,
@@ -47,7 +48,8 @@ def add_attention(
     Args:
       weights, index_weights: stacks; ``layer`` counts in the first, ``index_layer`` in the second. ``index_layer`` None is a
         shared layer, which attends to ``selection``, the set of the last full layer, over its own latents.
-      x: [rows, hidden], the residual stream. delta: [rows, hidden], what the block before has yet to add to it, or None.
+      x: [rows, hidden], the residual stream. delta: [rows, hidden], what the block before has yet to add to it, also as parts of
+        a sum, or None.
 
     Returns:
       the residual stream with delta added, this layer's output (not added yet), both [rows, hidden], the cache with this layer's

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from glm52_jax.config import Config
 from glm52_jax.plan import Plan
 from glm52_jax.weights import MoeWeights
 from pallas_kernels import collectives, experts, router
+from pallas_kernels.parts import Parts, whole
 
 
 class Mailboxes(NamedTuple):
@@ -35,7 +36,8 @@ def moe(weights: MoeWeights, layer: int, x: jax.Array, config: Config, plan: Pla
     int32 [rows, k], which every device knows.
     """
     mailbox = new_mailboxes(weights, x.shape[0], config)
-    return add_moe(weights, layer, x, None, mailbox, config, plan)[1:3]
+    _, out, chosen, _ = add_moe(weights, layer, x, None, mailbox, config, plan)
+    return whole(out, x.dtype), chosen
 
 
 def add_moe(
@@ -46,25 +48,34 @@ def add_moe(
     mailbox: Mailboxes,
     config: Config,
     plan: Plan,
-) -> tuple[jax.Array, jax.Array, jax.Array, Mailboxes]:
+) -> tuple[jax.Array, jax.Array | Parts, jax.Array, Mailboxes]:
     """Adds the block before (``delta`` [rows, hidden], or None) to the residual stream, norms, routes and applies ``moe``.
 
-    mailbox: of ``new_mailboxes``, each layer once a step. Returns the stream with delta added, this layer's output (not added yet),
-    the chosen experts, and the mailbox.
+    mailbox: of ``new_mailboxes``, each layer once a step. Returns the stream with delta added, this layer's output (not added yet,
+    nor summed over the experts where the launch that adds it can do that), the chosen experts, and the mailbox.
     """
     given = (x, delta, weights.post_norm, mailbox.router, config, plan)
-    x, normed, ids, mixture, lists, meeting = _routed(weights, layer, *given)
-    out, products = _mixed(weights, layer, normed, ids, mixture, lists, mailbox.experts, plan)
-    return x, out, ids, Mailboxes(meeting, products)
+    x, normed, routes, meeting = _routed(weights, layer, *given)
+    out, products = _mixed(weights, layer, normed, routes, mailbox.experts, plan, apart=True)
+    return x, out, routes.ids, Mailboxes(meeting, products)
 
 
 def mixed(
     weights: MoeWeights, layer: int, normed: jax.Array, mailbox: Mailboxes, config: Config, plan: Plan
 ) -> tuple[jax.Array, jax.Array, Mailboxes]:
     """``moe`` of rows that are normed already: the output, the chosen experts, and the mailbox."""
-    _, _, ids, mixture, lists, meeting = _routed(weights, layer, normed, None, None, mailbox.router, config, plan)
-    out, products = _mixed(weights, layer, normed, ids, mixture, lists, mailbox.experts, plan)
-    return out, ids, Mailboxes(meeting, products)
+    _, _, routes, meeting = _routed(weights, layer, normed, None, None, mailbox.router, config, plan)
+    out, products = _mixed(weights, layer, normed, routes, mailbox.experts, plan)
+    return out, routes.ids, Mailboxes(meeting, products)
+
+
+class _Routes(NamedTuple):
+    """What the router gives the experts: choices and their weights [rows, k], and what it has listed and quantized for them."""
+
+    ids: jax.Array
+    mixture: jax.Array
+    lists: router.Lists | None
+    quantized: tuple[jax.Array, jax.Array] | None
 
 
 def _routed(
@@ -76,10 +87,12 @@ def _routed(
     mailbox: jax.Array,
     config: Config,
     plan: Plan,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, router.Lists | None, jax.Array]:
-    """As ``router.add_norm_route``, which lists the rows of all experts: they must be all here."""
+) -> tuple[jax.Array, jax.Array, _Routes, jax.Array]:
+    """(x + delta, its norm, where its rows go, mailbox), as ``router.add_norm_route`` has them. It lists the rows of all experts:
+    they must be all here."""
     elsewhere = plan.parallel is not None and plan.parallel.whole_experts
-    return router.add_norm_route(
+    widths = (weights.gate_up.shape[-2], weights.shared_gate_up.shape[-2])
+    x, normed, ids, mixture, lists, *quantized, mailbox = router.add_norm_route(
         x,
         delta,
         norm,
@@ -91,32 +104,35 @@ def _routed(
         k=config.num_experts_per_tok,
         scale=config.routed_scaling_factor,
         unit=0 if elsewhere else experts.list_unit(),
+        split=experts.takes_quantized(x.shape[0], *widths, plan.linear),
     )
+    return x, normed, _Routes(ids, mixture, lists, quantized[0] if quantized else None), mailbox
 
 
 def _mixed(
     weights: MoeWeights,
     layer: int,
     normed: jax.Array,
-    ids: jax.Array,
-    mixture: jax.Array,
-    lists: router.Lists | None,
+    routes: _Routes,
     mailbox: jax.Array,
     plan: Plan,
-) -> tuple[jax.Array, jax.Array]:
+    apart: bool = False,
+) -> tuple[Any, jax.Array]:
     return experts.mix(
         normed,
-        _placed_here(ids, weights.gate_up.shape[1], plan),
-        mixture,
+        _placed_here(routes.ids, weights.gate_up.shape[1], plan),
+        routes.mixture,
         weights.gate_up,
         weights.down,
         weights.shared_gate_up,
         weights.shared_down,
         layer,
         arithmetic=plan.linear,
-        lists=lists,
+        lists=routes.lists,
         mailbox=mailbox,
         epoch=layer + 1,
+        quantized=routes.quantized,
+        apart=apart,
     )
 
 

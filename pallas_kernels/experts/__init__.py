@@ -11,11 +11,13 @@ from pallas_kernels import registry
 from pallas_kernels.arch import Arch
 from pallas_kernels.blocks import BLOCK, BlockScaled, Weight
 from pallas_kernels.experts.mosaic_plan import UNIT, one_row, several_rows
-from pallas_kernels.experts.spec import Spec, mailbox_words
+from pallas_kernels.experts.spec import Spec, joined, mailbox_words
+from pallas_kernels.layer_index import layer_index
 from pallas_kernels.lowering import default_arch
+from pallas_kernels.parts import Parts
 from pallas_kernels.registry import Backend, Module, Refusal, always, needs_sm80, needs_sm90
 
-__all__ = ["ARITHMETICS", "BACKENDS", "list_unit", "mailbox_words", "mix"]
+__all__ = ["ARITHMETICS", "BACKENDS", "Parts", "list_unit", "mailbox_words", "mix", "takes_quantized"]
 ARITHMETICS = ("w8a16", "w8a8")
 # What one program can hold a counter of in registers.
 _MOST_EXPERTS = 1024
@@ -37,6 +39,8 @@ def mix(
     lists: tuple[jax.Array, jax.Array] | None = None,
     mailbox: jax.Array | None = None,
     epoch: int | jax.Array = 1,
+    quantized: tuple[jax.Array, jax.Array] | None = None,
+    apart: bool = False,
     backend: str | None = None,
 ) -> Any:
     """Weighted sum of the chosen experts, plus the shared expert.
@@ -49,7 +53,12 @@ def mix(
       these ids and the unit of ``list_unit()``; without them a launch of its own makes them. backend: None chooses.
       mailbox: int32 [at least ``mailbox_words`` of these sizes], in which tiles of a launch give each other their products; epoch,
       1 to 65535: of this call, another one than of any call on this mailbox since it was zeros. Without a mailbox zeros are made.
-    Outputs: [rows, hidden] in x's dtype; with a mailbox (that, the mailbox as the call leaves it).
+      quantized: of ``router.add_norm_route(..., split=True)`` for exactly this x: the two e4m3 terms of 1 to 8 rows
+      [hidden / 128, 16, 128] and their scales float32 [hidden / 128, 8], which kernels then need not make; the result is the same.
+      Read where ``takes_quantized`` says so.
+      apart: static; whether the sum may be left to the caller.
+    Outputs: [rows, hidden] in x's dtype; with ``apart``, where a kernel ends with the parts of a sum (2 to 8 rows in one launch),
+      ``Parts`` whose ``summed(x.dtype)`` that is; with a mailbox (that, the mailbox as the call leaves it).
     Rounding points: the SwiGLU product once to x's dtype; down-projections, weights and sums in float32; one rounding at the end.
       The Hopper backend (up to 64 rows) multiplies e4m3 by e4m3 as ``fp8_linear`` does, W8A16 with two terms of x.
       The Triton backend multiplies in bfloat16, which holds e4m3 exactly, applies a block's scale to its sum in float32, and
@@ -72,6 +81,7 @@ def mix(
     spec = Spec(
         *(x.shape[0], ids.shape[1], experts, hidden, width, shared_gate_up.shape[-2], layers, x.dtype.name),
         *(kinds.pop() if len(kinds) == 1 else "mixed", arithmetic),
+        apart=apart,
     )
     stacks = (gate_up, down, shared_gate_up, shared_down)
     if not (mailbox is None or (mailbox.ndim == 1 and mailbox.dtype == jnp.int32)):
@@ -79,14 +89,22 @@ def mix(
     words = mailbox_words(spec.rows, spec.k, width, spec.shared_width)
     if mailbox is not None and mailbox.size < words:
         raise ValueError(f"mailbox of {mailbox.size} words must have {words}: {x.shape=}, {ids.shape=}, {width=}")
-    where = (jnp.asarray(layer, jnp.int32), None, lists)
-    args = (x, ids, weights, *stacks, *where, mailbox, jnp.asarray(epoch, jnp.int32))
+    if quantized is not None:
+        _check_quantized(spec, *quantized)
+    # A layer that is known stays a number: a kernel may be given its part of the stacks.
+    where = (layer_index(layer), None, lists)
+    args = (x, ids, weights, *stacks, *where, mailbox, jnp.asarray(epoch, jnp.int32), quantized)
     return registry.call("experts", BACKENDS, spec, args, forced=backend)
 
 
 def list_unit() -> int:
     """Rows of an item of the lists that ``mix`` takes on the default device; 0 where it takes none."""
     return 0 if needs_sm90(default_arch()) else UNIT
+
+
+def takes_quantized(rows: int, width: int, shared_width: int, arithmetic: str) -> bool:
+    """Whether ``mix`` has a use for ``quantized`` on the default device: where one launch has both projections of several rows."""
+    return not needs_sm90(default_arch()) and arithmetic == "w8a16" and joined(rows, width, shared_width)
 
 
 def _kind(w: Weight) -> str:
@@ -104,6 +122,14 @@ def _check(x: jax.Array, ids: jax.Array, weights: jax.Array, gate_up: Weight, do
         raise ValueError(
             f"gate_up {gate_up.shape} and x {x.shape} need down and the shared two as {wanted}, got {given}"
         )
+
+
+def _check_quantized(spec: Spec, values: jax.Array, scales: jax.Array) -> None:
+    blocks = spec.hidden // BLOCK
+    given = (values.shape, values.dtype, scales.shape, scales.dtype)
+    wanted = ((blocks, 16, BLOCK), jnp.float8_e4m3fn, (blocks, 8), jnp.float32)
+    if given != wanted or not 1 <= spec.rows <= 8:
+        raise ValueError(f"quantized {given} must be {wanted}, of 1 to 8 rows: {spec.rows=}")
 
 
 def _kernels_support(spec: Spec) -> Refusal | None:

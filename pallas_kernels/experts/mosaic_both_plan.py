@@ -25,7 +25,8 @@ class Both:
     """rows, k, experts, hidden, width: as in Spec, the shared expert is as wide as the others; terms: e4m3 terms of an x.
 
     step: k-blocks of a stage; groups: warpgroups of a block of threads; stages: depth of the ring of each; phase: "both", or "up"
-    or "down" alone (for the interpreter, which runs blocks one after the other).
+    or "down" alone (for the interpreter, which runs blocks one after the other). given: x comes quantized. sliced: stacks have one
+    layer; skips: where its scales start in theirs, of gate_up, down and the shared two.
     """
 
     rows: int
@@ -39,6 +40,9 @@ class Both:
     stages: int
     workers: int = SMS
     phase: str = "both"
+    given: bool = False
+    sliced: bool = False
+    skips: tuple[int, int, int, int] = (0, 0, 0, 0)
 
     @property
     def pairs(self) -> int:
@@ -90,23 +94,9 @@ class Both:
         return self.up_steps // self.down_steps
 
     @property
-    def most_up(self) -> int:
-        """Tiles of gate_up of a warpgroup, at most."""
-        return -(-self.most_items * self.up_tiles // self.all_groups)
-
-    @property
-    def most_down_items(self) -> int:
-        """Items of either share of down of a warpgroup, at most."""
-        tiles = self.worth + -(-self.most_items * self.down_tiles // self.all_groups) + 2
-        return (tiles - 1) // self.down_tiles + 2
-
-    @property
-    def entries(self) -> int:
-        return self.most_up + 2 * self.most_down_items
-
-    @property
-    def table_lines(self) -> int:
-        return -(-2 * self.experts // LINE)
+    def piece(self) -> int:
+        """k-blocks of quantized x that a copy takes: the first products start when the first have come."""
+        return math.gcd(8, self.blocks)
 
     @property
     def order_lines(self) -> int:
@@ -148,9 +138,8 @@ class Both:
 
     def smem(self) -> int:
         x = self.x_blocks * UNIT * (self.terms * BLOCK + 4)
-        group = TILE * UNIT * 4 + 12 * self.entries + 8 * UNIT
-        tables = 4 * LINE * (self.table_lines + self.order_lines)
-        return self.stages * self.stage_bytes + x + self.groups * group + tables
+        group = TILE * UNIT * 4 + 12 * self.most_items + 8 * UNIT
+        return self.stages * self.stage_bytes + x + self.groups * group + 4 * LINE * self.order_lines
 
 
 def both_of(spec: Spec, **changes: int) -> Both | None:

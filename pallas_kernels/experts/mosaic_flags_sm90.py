@@ -51,10 +51,10 @@ def words_of(ref: Any, starts: Any, offsets: list[Any], epoch: Any) -> list[jax.
 
     @plgpu.inline_mgpu(arg_types=kinds, return_type=[shape] * len(offsets))
     def load(_: Any, ref: Any, starts: Any, epoch: Any, offsets: list[Any]) -> list[Any]:
-        epoch = _scalar(epoch)
+        epoch = scalar_of(epoch)
         row, column = _place()
         start = arith.addi(memref.load(starts, [row]), column)
-        pointers = [_pointer(ref, arith.addi(start, _scalar(offset))) for offset in offsets]
+        pointers = [pointer_to(ref, arith.addi(start, scalar_of(offset))) for offset in offsets]
         first = [utils.inline_ptx(_LOOK, p, result_types=[epoch.type] * 8, has_side_effects=True) for p in pointers]
         kind = ir.VectorType.get((_ROWS,), epoch.type)
         last = [_look_again(p, words, epoch) for p, words in zip(pointers, first, strict=True)]
@@ -72,7 +72,7 @@ def rows_of(ref: Any, block: Any) -> jax.Array:
         index, (row, column) = ir.IndexType.get(), _place()
         row = arith.minui(row, utils.c(ir.MemRefType(ref.type).shape[0] - 1, index))
         kind = ir.VectorType.get((_ROWS,), ir.MemRefType(ref.type).element_type)
-        place = [row, arith.index_cast(index, _scalar(block)), arith.index_cast(index, column)]
+        place = [row, arith.index_cast(index, scalar_of(block)), arith.index_cast(index, column)]
         return _array(vector.load(kind, ref, place), None)
 
     return load(ref, jnp.int32(block))
@@ -95,8 +95,8 @@ def store_columns(values: jax.Array, ref: Any, slots: Any, columns: Any, first: 
         base = utils.memref_ptr(ref)
         rows = [memref.load(slots, [column]) for _, _, column in places]
         for (value, row, column), slot in zip(places, rows, strict=True):
-            element = arith.addi(arith.muli(slot, across), arith.addi(_scalar(first), arith.index_cast(i32, row)))
-            live = arith.cmpi(arith.CmpIPredicate.slt, arith.index_cast(i32, column), _scalar(columns))
+            element = arith.addi(arith.muli(slot, across), arith.addi(scalar_of(first), arith.index_cast(i32, row)))
+            live = arith.cmpi(arith.CmpIPredicate.slt, arith.index_cast(i32, column), scalar_of(columns))
             pointer = utils.getelementptr(base, [element], values.mlir_dtype)
             utils.inline_ptx("st.f32 [$0], $1;", pointer, value, predicate=live)
 
@@ -125,7 +125,7 @@ def _look_again(pointer: Any, words: tuple[Any, ...], epoch: Any) -> tuple[Any, 
     return utils.inline_ptx(_LOOK_AGAIN, pointer, epoch, *words, result_types=kinds, has_side_effects=True)
 
 
-def _scalar(array: Any) -> Any:
+def scalar_of(array: Any) -> Any:
     """The one value of an array that is the same everywhere."""
     return array.registers.flat[0]
 
@@ -138,8 +138,8 @@ def _place() -> tuple[Any, Any]:
     return row, arith.muli(arith.remui(thread, utils.c(16, i32)), utils.c(8, i32))
 
 
-def _pointer(ref: Any, element: Any) -> Any:
-    """Address of an element of a flat int32 array in global memory."""
+def pointer_to(ref: Any, element: Any) -> Any:
+    """Address of an element of an int32 array, counted as if it were flat."""
     i32 = ir.IntegerType.get_signless(32)
     return utils.getelementptr(utils.memref_ptr(ref), [element], i32)
 

@@ -4,13 +4,15 @@ Weights are the 64-row operand of e4m3 x e4m3 wgmma. The eight columns of one te
 a block of weights is multiplied by all of them and only the column of its own block is kept, so the sum over the columns is the
 dot product. W8A16 has a second group of columns, x/s = hi + lo/16 (``fp8_linear`` says why that is exact).
 
-gate_up: persistent blocks of threads walk tiles of ``half`` rows of gate and as many of up; the 64 rows of wgmma hold the tile
-``parts`` times, each with another piece of k. The product goes out in order of the experts: the shared one, then the valid choices.
+gate_up: persistent blocks of threads walk tiles of eight rows of gate and the same of up. The 64 rows of a wgmma are those eight in
+eight neighbouring k-blocks, which is how one copy of eight rows of 1024 lies in shared memory. The product goes out in order of the
+experts: the shared one, then the valid choices.
 down: a block of threads owns ``down_rows`` outputs and adds all experts in that order: no parts in memory, no atomics.
 
 Each warpgroup has a ring of TMA stages of its own and restarts a stage's copies as soon as it has multiplied it: of gate_up it has
-tiles, of down steps of its own. Together they quantize x once, while the rings fill. One alone cannot multiply as fast as an SM is
-given weights. Choices that are no expert take no part: tiles and steps are counted on the device.
+tiles, of down steps of its own. One alone cannot multiply as fast as an SM is given weights. Choices that are no expert take no
+part: tiles and steps are counted on the device. A launch waits for memory once before its first copies: layer, choices and x
+are loaded together. x is quantized by all warpgroups together while the rings fill.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from pallas_kernels.experts.mosaic_plan import LINE, TILE, UNIT, OneRow
 from pallas_kernels.fp8_linear.mosaic_quantize_sm90 import GROUPS, split
 
 ACC = plgpu.Layout.WGMMA
+TILED = (plgpu.TilingTransform((8, BLOCK)), plgpu.SwizzleTransform(128))
 # A vector with an element in each of eight lanes, the same in all groups of eight.
 _EIGHT = plgpu.Layout.TILED(
     plgpu.Tiling(((8,), (1,))),
@@ -47,24 +50,26 @@ class Walk:
         self.__dict__.update(memory)
         self.cta, self.wg = lax.axis_index("worker"), lax.axis_index("wg")
 
-    def list_experts(self, weights: Any = None) -> Any:
+    def load_choices(self, weights: Any = None) -> list[tuple[Any, Any]]:
+        """All choices and their weights, to be listed later: memory is waited for once."""
+        each = range(self.plan.k)
+        return [(self.ids[j], None if weights is None else weights[j]) for j in each]
+
+    def list_experts(self, choices: list[tuple[Any, Any]]) -> Any:
         """Writes the valid choices (and their weights) to shared memory, in order; returns how many there are.
 
-        All threads of a warpgroup write the same, each warpgroup to a place of its own: nobody waits for anybody.
+        All threads of a warpgroup write the same, each warpgroup to a place of its own, and no place twice: nobody waits for
+        anybody. There is no branch that a load could sink behind: what is no expert goes to a place that nobody reads.
         """
         count = jnp.int32(0)
-        chosen = [self.ids[j] for j in range(self.plan.k)]
-        shares = [None if weights is None else weights[j] for j in range(self.plan.k)]
-        for expert, share in zip(chosen, shares, strict=True):
+        for expert, share in choices:
             valid = (expert >= 0) & (expert < self.plan.experts)
-            pl.when(valid)(functools.partial(self.append, count, expert, share))
+            place = jnp.where(valid, count, self.plan.k)
+            self.chosen[self.wg, place] = expert
+            if share is not None:
+                self.shares[self.wg, place] = share
             count = count + valid.astype(jnp.int32)
         return count
-
-    def append(self, count: Any, expert: Any, share: Any) -> None:
-        self.chosen[self.wg, count] = expert
-        if share is not None:
-            self.shares[self.wg, count] = share
 
     def matrix(self, item: Any) -> Any:
         """Position of a routed expert in the flattened stack."""
@@ -93,26 +98,22 @@ class Walk:
     def wait(self, slot: Any) -> None:
         plgpu.barrier_wait(self.full.at[self.wg * self.stages + slot])
 
-    def multiply(self, slot: Any, unit: Any, step: int) -> list[jax.Array]:
-        """Products of the blocks of a stage, a fresh accumulator each: FP8 wgmma keeps some 14 bits."""
+    def multiply(self, blocks: list[Any], unit: Any) -> list[jax.Array]:
+        """Products of blocks of a stage, a fresh accumulator each: FP8 wgmma keeps some 14 bits."""
 
         def body(*accumulators: Any) -> list[jax.Array]:
-            for j, acc in enumerate(accumulators):
-                block = self.ring.at[self.wg, slot, :, pl.ds(j * BLOCK, BLOCK)]
+            for block, acc in zip(blocks, accumulators, strict=True):
                 plgpu.wgmma(acc, block, self.x8.at[unit].T)
             return [acc[...] for acc in accumulators]
 
-        return pl.run_scoped(body, *[plgpu.ACC((TILE, self.plan.columns), jnp.float32)] * step)
+        return pl.run_scoped(body, *[plgpu.ACC((TILE, self.plan.columns), jnp.float32)] * len(blocks))
 
     def added_terms(self, product: jax.Array) -> jax.Array:
         return product if self.plan.terms == 1 else product[:, :UNIT] + product[:, UNIT:] * (1 / 16)
 
-    def store_sum(self, total: jax.Array) -> None:
-        self.partial.at[self.wg][...] = jnp.sum(total, axis=1)
-        plgpu.commit_smem()
-
-    def partial_at(self, group: Any, first: int, size: int) -> jax.Array:
-        return plgpu.load(self.partial.at[group, pl.ds(first, size)], layout=_EIGHT, optimized=False)
+    def sums(self, group: Any, m: int, first: int, size: int) -> jax.Array:
+        """Of a warpgroup's m-th sums of rows, ``size`` from ``first`` on."""
+        return plgpu.load(self.partial.at[group, m, pl.ds(first, size)], layout=_EIGHT, optimized=False)
 
 
 def columns_of(ref: Any) -> jax.Array:
@@ -130,6 +131,17 @@ def added(parts: list[jax.Array]) -> jax.Array:
     return functools.reduce(lambda a, b: a + b, parts)
 
 
+def paired(parts: list[jax.Array]) -> jax.Array:
+    """Their sum, neighbours first."""
+    while len(parts) > 1:
+        parts = [parts[i] + parts[i + 1] for i in range(0, len(parts), 2)]
+    return parts[0]
+
+
+def loop(first: Any, last: Any, body: Any) -> None:
+    lax.fori_loop(first, last, lambda i, _: body(i), None)
+
+
 def iota(dimension: int, columns: int = UNIT) -> jax.Array:
     return plgpu.broadcasted_iota(jnp.int32, (TILE, columns), dimension, layout=ACC)
 
@@ -138,19 +150,16 @@ def zero(columns: int = UNIT) -> jax.Array:
     return plgpu.layout_cast(jnp.zeros((TILE, columns), jnp.float32), ACC)
 
 
-def scratch_of(plan: OneRow, units: int, groups: int, stages: int, step: int, copies: int) -> dict[str, Any]:
-    tiled = (plgpu.TilingTransform((8, BLOCK)), plgpu.SwizzleTransform(128))
+def scratch_of(plan: OneRow, units: int, groups: int, stages: int, ring: Any, copies: int, sums: int) -> dict[str, Any]:
     return {
-        "ring": plgpu.SMEM((groups, stages, TILE, step * BLOCK), E4M3, transforms=tiled),
-        "x8": plgpu.SMEM((units, plan.columns, BLOCK), E4M3, transforms=tiled),
+        "ring": ring,
+        "x8": plgpu.SMEM((units, plan.columns, BLOCK), E4M3, transforms=TILED),
         "scales": plgpu.SMEM((groups, stages, 2, LINE), jnp.float32),
         "x_scales": plgpu.SMEM((units, UNIT), jnp.float32),
-        "partial": plgpu.SMEM((groups, TILE), jnp.float32),
-        "chosen": plgpu.SMEM((groups, plan.k), jnp.int32),
-        "shares": plgpu.SMEM((groups, plan.k), jnp.float32),
+        "partial": plgpu.SMEM((groups, sums, TILE), jnp.float32),
+        "chosen": plgpu.SMEM((groups, plan.k + 1), jnp.int32),
         "full": plgpu.Barrier(num_arrivals=copies, num_barriers=groups * stages),
         "x_ready": plgpu.Barrier(num_arrivals=groups),
-        "done": plgpu.Barrier(num_arrivals=groups),
     }
 
 

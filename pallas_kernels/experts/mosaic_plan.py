@@ -13,6 +13,7 @@ TILE = 64  # rows of weights in one wgmma
 LINE = 32  # scales, or numbers of a table, that a copy takes: 128 bytes
 SMS = 132
 SMEM = 227 * 1024 - 6 * 1024  # of a block of threads, without barriers and alignment
+UP_STAGE = 2 * (TILE * BLOCK + 4 * LINE)  # bytes of a step of gate_up
 _DOWN_ROWS = (16, 32, 48, 64)
 
 
@@ -21,7 +22,6 @@ class OneRow:
     """The kernels for one row.
 
     k, experts, hidden, width, shared_width: as in Spec; terms: e4m3 terms of an x, 1 (W8A8) or 2 (W8A16).
-    parts: pieces of k that lie side by side in the 64 rows of a gate_up tile, which so has 32 / parts rows of gate.
     down_rows: outputs of a block of threads of down; step: k-blocks of its stages. groups_up, groups_down: warpgroups of a block of
     threads; stages_up, stages_down: depths of the ring of each.
     """
@@ -32,7 +32,6 @@ class OneRow:
     width: int
     shared_width: int
     terms: int
-    parts: int
     down_rows: int
     step: int
     groups_up: int
@@ -49,16 +48,6 @@ class OneRow:
     @property
     def up_units(self) -> int:
         return self.hidden // (BLOCK * UNIT)
-
-    @property
-    def half(self) -> int:
-        """Rows of gate, and of up, of a gate_up tile."""
-        return TILE // 2 // self.parts
-
-    @property
-    def up_step(self) -> int:
-        """k-blocks of a part of a unit."""
-        return UNIT // self.parts
 
     @property
     def shared_blocks(self) -> int:
@@ -79,13 +68,13 @@ class OneRow:
 
     @property
     def tiles(self) -> int:
-        """Of gate_up, at most."""
-        return self.most_blocks * BLOCK // self.half
+        """Of gate_up, eight rows of gate and eight of up, at most."""
+        return self.most_blocks * BLOCK // UNIT
 
     def up_bytes(self) -> int:
         """Shared memory of gate_up."""
-        stage = TILE * self.up_step * BLOCK + 2 * 4 * LINE
-        return self.groups_up * (self.stages_up * stage + 4 * TILE) + self.up_units * (self.columns * BLOCK + 4 * UNIT)
+        x = self.up_units * (self.columns * BLOCK + 4 * UNIT)
+        return self.groups_up * (self.stages_up * UP_STAGE + 2 * 4 * TILE) + x
 
     def down_bytes(self) -> int:
         stage = TILE * self.step * BLOCK + 2 * 4 * LINE
@@ -104,12 +93,12 @@ def one_row(spec: Spec, **changes: int) -> OneRow | None:
     few = (spec.k * spec.width + spec.shared_width) // 16 <= 4 * SMS
     step = math.gcd(2 if few else 4, math.gcd(spec.width, spec.shared_width) // BLOCK)
     groups = 3 if few else 2
-    shape = {"parts": 2, "down_rows": down_rows, "step": step, "groups_up": groups, "groups_down": groups}
+    shape = {"down_rows": down_rows, "step": step, "groups_up": groups, "groups_down": groups}
     shape |= {"stages_up": 1, "stages_down": 1} | changes
     plan = OneRow(*sizes, 2 if spec.arithmetic == "w8a16" else 1, **shape)
     if "stages_up" not in changes:
-        stage = plan.groups_up * (TILE * plan.up_step * BLOCK + 8 * LINE)
-        plan = dataclasses.replace(plan, stages_up=min(12, (SMEM - plan.up_bytes()) // stage + 1))
+        fitting = (SMEM - plan.up_bytes()) // (plan.groups_up * UP_STAGE) + 1
+        plan = dataclasses.replace(plan, stages_up=min(12, fitting))
     if "stages_down" not in changes:
         stage = plan.groups_down * (TILE * plan.step * BLOCK + 8 * LINE)
         share = -(-plan.most_blocks // (plan.step * plan.groups_down))

@@ -1,13 +1,15 @@
 """Experts of 1 to 64 rows on Hopper, in Pallas Mosaic GPU: the launches.
 
 One row: gate_up and down, which adds the experts. More: the plan (Triton's, if the router made none), gate_up, down with its parts
-in memory, and their sum, which is XLA's. Above eight rows the shared expert is two launches of ``fp8_linear``, which reads its
+in memory, both in one launch up to eight rows of narrow experts, and their sum, which is left to the launch that adds it to the
+residual stream (``norm_quant``), or is XLA's. Above eight rows the shared expert is two launches of ``fp8_linear``, which reads its
 weights once for all rows.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,9 +25,12 @@ from pallas_kernels.experts.mosaic_one_sm90 import kernel_of
 from pallas_kernels.experts.mosaic_plan import LINE, SMS, TILE, UNIT, OneRow, Rows, one_row, several_rows
 from pallas_kernels.experts.mosaic_rows_sm90 import Worker
 from pallas_kernels.experts.spec import Spec, mailbox_words
+from pallas_kernels.layer_index import layer_slice, scale_slice
 from pallas_kernels.lowering import default_arch
+from pallas_kernels.parts import Parts, combined
 
-_FEWEST_SCALES = 128  # of an array: a copy takes 32 of them
+# gate_up, down and those of the shared expert.
+type Stacks = tuple[BlockScaled, BlockScaled, BlockScaled, BlockScaled]
 
 
 def run(
@@ -37,51 +42,87 @@ def run(
     down: BlockScaled,
     shared_gate_up: BlockScaled,
     shared_down: BlockScaled,
-    layer: jax.Array,
+    layer: int | jax.Array,
     after: Any = None,
     lists: tuple[jax.Array, jax.Array] | None = None,
     mailbox: jax.Array | None = None,
     epoch: jax.Array | None = None,
+    quantized: tuple[jax.Array, jax.Array] | None = None,
     plan: Any = None,
 ) -> Any:
     """As ``experts.mix`` describes it; nothing reads ``after``. plan: instead of what is chosen for the spec."""
+    alone = mailbox is None
     plan = plan or one_row(spec) or _joined(spec) or several_rows(spec)
     assert plan is not None, spec
-    if not isinstance(plan, Both):
-        y = _two_launches(spec, plan, x, ids, weights, (gate_up, down, shared_gate_up, shared_down), layer, lists)
-        return y if mailbox is None else (y, mailbox)
     stacks = (gate_up, down, shared_gate_up, shared_down)
+    if isinstance(plan, OneRow):
+        y = _one_row(spec, plan, x, ids, weights, stacks, layer)
+    elif isinstance(plan, Both):
+        y, mailbox = _one_launch(spec, plan, x, ids, weights, stacks, layer, lists, mailbox, epoch, quantized)
+    else:
+        y = _two_launches(spec, plan, x, ids, weights, stacks, layer, lists)
+    return y if alone else (y, mailbox)
+
+
+def _one_row(
+    spec: Spec,
+    plan: OneRow,
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    stacks: Stacks,
+    layer: int | jax.Array,
+) -> jax.Array:
+    """gate_up, and down, which adds the experts. Layers that are known and rows that come quantized gained nothing here."""
+    at, chosen, shares = _index(layer), ids.reshape(-1), weights.reshape(-1)
+    heights = (spec.width, spec.hidden, spec.shared_width, spec.hidden)
+    gate_up, down, shared_gate_up, shared_down = (_operands(w, n) for w, n in zip(stacks, heights, strict=True))
+    (h,) = mosaic_gate_up_sm90.build(plan)(at, chosen, x.reshape(-1, BLOCK), *gate_up, *shared_gate_up)
+    (y,) = mosaic_down_sm90.build(plan)(at, chosen, shares, h.reshape(-1, BLOCK), *down, *shared_down)
+    return y.reshape(x.shape)
+
+
+def _one_launch(
+    spec: Spec,
+    plan: Both,
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    stacks: Stacks,
+    layer: int | jax.Array,
+    lists: tuple[jax.Array, jax.Array] | None,
+    mailbox: jax.Array | None,
+    epoch: jax.Array | None,
+    quantized: tuple[jax.Array, jax.Array] | None,
+) -> tuple[jax.Array | Parts, jax.Array]:
+    """The sum, or what it is taken of, and the mailbox."""
     tables = (_lines(array) for array in lists or sorted_pairs(spec, UNIT, ids))
     words = mailbox_words(spec.rows, spec.k, spec.width, spec.shared_width)
     box = jnp.zeros((words,), jnp.int32) if mailbox is None else mailbox
     number = jnp.ones((1,), jnp.int32) if epoch is None else jnp.asarray(epoch, jnp.int32).reshape(1)
-    flat = (a for w in stacks for a in _operands(w, w.shape[-2]))
-    parts, box = mosaic_both_sm90.run(plan, (layer.reshape(1), number, *tables), x, tuple(flat), box)
-    y = _combine(spec, ids, weights, parts[: spec.pairs], parts[spec.pairs :]).astype(x.dtype)
-    return y if mailbox is None else (y, box)
+    operands, skips = _layer_of(spec, stacks, layer)
+    places = (None if isinstance(layer, int) else _index(layer), number, *tables)
+    quantized = quantized if plan.terms == 2 else None
+    parts, box = mosaic_both_sm90.run(plan, places, x, operands, box, quantized=quantized, skips=skips)
+    y = Parts(parts, ids, weights, spec.experts)
+    return y if spec.apart else y.summed(x.dtype), box
 
 
 def _two_launches(
     spec: Spec,
-    plan: Any,
+    plan: tuple[Rows, Rows],
     x: jax.Array,
     ids: jax.Array,
     weights: jax.Array,
-    stacks: tuple[BlockScaled, BlockScaled, BlockScaled, BlockScaled],
-    layer: jax.Array,
+    stacks: Stacks,
+    layer: int | jax.Array,
     lists: tuple[jax.Array, jax.Array] | None,
 ) -> jax.Array:
+    """gate_up, down with its parts in memory, and their sum, which is XLA's."""
     gate_up, down, shared_gate_up, shared_down = stacks
-    at = layer.reshape(1)
     up = (*_operands(gate_up, spec.width), *_operands(shared_gate_up, spec.shared_width))
     out = (*_operands(down, spec.hidden), *_operands(shared_down, spec.hidden))
-    if isinstance(plan, OneRow):
-        flat = (ids.reshape(-1), weights.reshape(-1))
-        (h,) = mosaic_gate_up_sm90.build(plan)(at, flat[0], x.reshape(-1, BLOCK), *up)
-        (y,) = mosaic_down_sm90.build(plan)(at, *flat, h.reshape(-1, BLOCK), *out)
-        return y.reshape(x.shape)
-    tables = (_lines(array) for array in lists or sorted_pairs(spec, UNIT, ids))
-    places = (at, *tables)
+    places = (_index(layer), *(_lines(array) for array in lists or sorted_pairs(spec, UNIT, ids)))
     blocks = x.reshape(spec.rows, -1, BLOCK)
     h, shared_h = build_rows(plan[0])(*places, blocks, blocks, *up)
     inner = (h.reshape(spec.pairs, -1, BLOCK), shared_h.reshape(spec.rows, -1, BLOCK))
@@ -89,7 +130,27 @@ def _two_launches(
     if not plan[0].folded:
         h = fp8_linear.swiglu(x, shared_gate_up, (layer,), arithmetic=spec.arithmetic)
         shared = fp8_linear.linear(h, shared_down, (layer,), arithmetic=spec.arithmetic, dtype=jnp.float32)
-    return _combine(spec, ids, weights, parts, shared).astype(x.dtype)
+    return combined(parts, shared, ids, weights, spec.experts).astype(x.dtype)
+
+
+def _layer_of(
+    spec: Spec, stacks: Stacks, layer: int | jax.Array
+) -> tuple[tuple[jax.Array, ...], tuple[int, int, int, int]]:
+    """(matrices and scales of each stack, scales in front of each): of a layer that is known, else of all, behind nothing."""
+    heights = (spec.width, spec.hidden, spec.shared_width, spec.hidden)
+    cut = [
+        layer_operands(w, layer, rows) if isinstance(layer, int) else (_operands(w, rows), 0)
+        for w, rows in zip(stacks, heights, strict=True)
+    ]
+    a, b, c, d = (skip for _, skip in cut)
+    return tuple(array for pair, _ in cut for array in pair), (a, b, c, d)
+
+
+def layer_operands(w: BlockScaled, layer: int, rows: int) -> tuple[tuple[jax.Array, jax.Array], int]:
+    """((matrices [.., rows, k] of a layer, its scales in one row), scales in front of them): pointers into the stacks."""
+    flat, size = w.scale.reshape(-1), math.prod(w.scale.shape[1:])
+    scale, skip = scale_slice(flat, size, layer, LINE)
+    return (layer_slice(w.data, layer).reshape(-1, rows, w.shape[-1]), _copied(scale)), skip
 
 
 def _joined(spec: Spec) -> Both | None:
@@ -106,13 +167,8 @@ def sorted_pairs(spec: Spec, block_rows: int, ids: jax.Array) -> tuple[jax.Array
     return triton.sorted_pairs(spec, block_rows, ids)
 
 
-def _combine(spec: Spec, ids: jax.Array, weights: jax.Array, parts: jax.Array, shared: jax.Array) -> jax.Array:
-    """A row's parts times their weights, in order of the choices, plus the shared expert's."""
-    parts = parts.reshape(spec.rows, spec.k, spec.hidden)
-    placed = (ids >= 0) & (ids < spec.experts)
-    # Parts of pairs without an expert were never written.
-    terms = [jnp.where(placed[:, j, None], weights[:, j, None] * parts[:, j], 0.0) for j in range(spec.k)]
-    return functools.reduce(jnp.add, terms) + shared
+def _index(layer: int | jax.Array) -> jax.Array:
+    return jnp.asarray(layer, jnp.int32).reshape(1)
 
 
 def _lines(table: jax.Array) -> jax.Array:
@@ -121,10 +177,13 @@ def _lines(table: jax.Array) -> jax.Array:
 
 
 def _operands(w: BlockScaled, rows: int) -> tuple[jax.Array, jax.Array]:
-    """(matrices of a stack, all scales in one row, as many at least as a copy takes)."""
-    flat = w.scale.reshape(-1)
-    flat = jnp.pad(flat, (0, _FEWEST_SCALES - flat.size)) if flat.size < _FEWEST_SCALES else flat
-    return w.data.reshape(-1, rows, w.shape[-1]), flat
+    """(matrices of a stack, all scales in one row)."""
+    return w.data.reshape(-1, rows, w.shape[-1]), _copied(w.scale.reshape(-1))
+
+
+def _copied(scales: jax.Array) -> jax.Array:
+    """As many scales at least as a copy takes."""
+    return jnp.pad(scales, (0, LINE - scales.size)) if scales.size < LINE else scales
 
 
 @functools.lru_cache(maxsize=64)

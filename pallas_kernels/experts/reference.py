@@ -26,6 +26,7 @@ def run(
     lists: Any = None,
     mailbox: Any = None,
     epoch: Any = None,
+    quantized: Any = None,
 ) -> Any:
     """As ``experts.mix`` describes it; nothing reads what comes after ``layer``."""
     y = mix(x, ids, weights, gate_up, down, shared_gate_up, shared_down, layer, spec.arithmetic)

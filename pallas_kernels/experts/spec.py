@@ -22,7 +22,8 @@ class Spec:
     """One call; dtypes are numpy names, weights "float8_e4m3fn" for blocks.
 
     experts: those in the arrays (a device's own). width, shared_width: of a routed and of the shared expert, which may be sliced
-    differently. distinct: experts that ``inputs`` lets the rows hit in all (each row hits k of them); no kernel reads it.
+    differently. distinct: experts that ``inputs`` lets the rows hit in all (each row hits k of them); no kernel reads it. apart:
+    whether a kernel may hand out the parts of the sum.
     """
 
     rows: int
@@ -36,6 +37,7 @@ class Spec:
     weights: str = "float8_e4m3fn"
     arithmetic: str = "w8a16"
     distinct: int = 0
+    apart: bool = False
 
     @property
     def pairs(self) -> int:

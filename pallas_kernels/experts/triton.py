@@ -239,17 +239,18 @@ def run(
     down: BlockScaled,
     shared_gate_up: BlockScaled,
     shared_down: BlockScaled,
-    layer: jax.Array,
+    layer: int | jax.Array,
     after: Any = None,
     lists: Any = None,
     mailbox: Any = None,
     epoch: Any = None,
+    quantized: Any = None,
     plan: Plan | None = None,
 ) -> Any:
     """As ``experts.mix`` describes it; nothing reads ``after``, nor what follows it, which is of the kernels for Hopper."""
     plan = plan or plan_for(spec, default_arch())
     table, order = sorted_pairs(spec, plan.block_rows, ids)
-    at, blocks, size = layer.reshape(1), -(-spec.rows // plan.block_rows), jax.ShapeDtypeStruct
+    at, blocks, size = jnp.asarray(layer, jnp.int32).reshape(1), -(-spec.rows // plan.block_rows), jax.ShapeDtypeStruct
     common = {
         **triton_options(), "num_warps": plan.warps, "num_stages": plan.stages, "STAGES": plan.stages,
         "ROWS": spec.rows, "K": spec.k, "EXPERTS": spec.experts, "HIDDEN": spec.hidden, "WIDTH": spec.width,

@@ -15,6 +15,7 @@ from pallas_kernels.fp8_linear.norm import add_norm
 from pallas_kernels.fp8_linear.plan import TILE, plan_for
 from pallas_kernels.fp8_linear.spec import Spec
 from pallas_kernels.lowering import default_arch
+from pallas_kernels.parts import Parts
 from pallas_kernels.registry import Backend, Module, Refusal, always, needs_sm90
 
 ARITHMETICS = ("w8a16", "w8a8")
@@ -43,7 +44,7 @@ def linear(
       end; "w8a8" adds the quantization of x. Hopper's FP8 units, which ``mosaic_sm90`` uses for both, keep some 14 bits within a
       k-block of 128; blocks are added in float32.
     Refuses: ValueError for an unknown arithmetic, an index that does not match the stack, or a k that differs.
-    Graph-safe: yes; the index is read from device memory.
+    Graph-safe: yes; on Hopper a static index becomes pointers to the layer, a traced one is read from device memory.
     Bound: bytes of w[index] once, for up to some hundred rows.
     Source: spec section 4.
     """
@@ -77,7 +78,7 @@ def norm_linears(
     index: Index = (),
     *,
     eps: float,
-    delta: jax.Array | None = None,
+    delta: jax.Array | Parts | None = None,
     arithmetic: str = "w8a16",
     dtype: jnp.dtype | type | None = None,
     backend: str | None = None,
@@ -87,8 +88,9 @@ def norm_linears(
 
     Computes: total = x + delta (x itself without delta); normed = norm[index] * total / sqrt(mean(total^2) + eps);
       outs = linears(normed, weights, index).
-    Inputs: x, delta [..., k] of one dtype; norm [stack..., k], the stack of the weights; weights: 1 or more, as for ``linears``;
-      eps: static; index, arithmetic, dtype and backend as for ``linear``.
+    Inputs: x, delta [..., k] of one dtype, delta also as ``Parts`` of x's shape, which the norm's launch sums; norm [stack..., k],
+      the stack of the weights; weights: 1 or more, as for ``linears``; eps: static; index, arithmetic, dtype and backend as for
+      ``linear``.
     Outputs: total and normed [..., k] in x's dtype, outs.
     Rounding points: total once; the norm is taken of the rounded total, in float32, and rounded once; outs as ``linear``.
     Refuses: as ``linear``; ValueError for a delta or a norm of another shape. A forced backend that has no fused form of the norm
@@ -101,12 +103,13 @@ def norm_linears(
         raise ValueError(
             f"norm of shape {norm.shape} must be the weights' stack and k: {weights[0].shape}, {len(index)=}"
         )
-    if delta is not None and (delta.shape, delta.dtype) != (x.shape, x.dtype):
-        raise ValueError(f"delta {delta.shape} {delta.dtype} must match x {x.shape} {x.dtype}")
+    apart = isinstance(delta, Parts)
+    if delta is not None and (delta.shape, x.dtype if apart else delta.dtype) != (x.shape, x.dtype):
+        raise ValueError(f"delta {delta.shape} {'' if apart else delta.dtype} must match x {x.shape} {x.dtype}")
     out = x.dtype if dtype is None else dtype
     plain = _spec(x, weights, len(index), arithmetic, "linear", out)
     spec = dataclasses.replace(plain, norm=norm.dtype.name, delta=delta is not None, eps=float(eps))
-    if backend in _FUSING or (backend is None and _mosaic_supports(spec, default_arch()) is None):
+    if not apart and (backend in _FUSING or (backend is None and _mosaic_supports(spec, default_arch()) is None)):
         args = (x, tuple(weights), tuple(index), None, norm, delta)
         total, normed, *outs = registry.call("fp8_linear", BACKENDS, spec, args, forced=backend)
         return total, normed, tuple(outs)

@@ -34,6 +34,7 @@ class Norm:
     dbuf: Any
     nbuf: Any
     rows: Any
+    zero: Any
     squares: Any
     summed: Any
     inverse: Any
@@ -43,6 +44,7 @@ class Norm:
     def load_row(self) -> list[tuple[Any, ...]]:
         """A share of x and delta, all of a row by the warpgroups of a block, from global memory: (whether it is one, x, delta)."""
         plan = self.plan
+        self.zero.at[self.wg][...] = plgpu.layout_cast(jnp.zeros((plan.unit,), jnp.int16), GROUPS.reduce(1))
         refs = (self.x,) + ((self.more[1],) if plan.delta else ())
         chunks = []
         for iu in range(-(-plan.units // plan.warpgroups)):
@@ -57,8 +59,9 @@ class Norm:
         """1 / sqrt(mean of squares + eps) into ``inverse``. The order of the sum is the same in all blocks of threads."""
         plan, wg = self.plan, self.wg
         total = None
+        zero = plgpu.load(self.zero.at[wg], layout=GROUPS.reduce(1), optimized=False)
         for inside, *terms in chunks:
-            square = jnp.square(added(*terms).astype(jnp.float32))
+            square = jnp.square(added(*(after(zero, term) for term in terms)).astype(jnp.float32))
             square = square if isinstance(inside, bool) else jnp.where(inside, square, 0.0)
             total = square if total is None else total + square
         self.squares.at[wg][...] = jnp.sum(total, axis=1)
@@ -139,12 +142,12 @@ class Norm:
     def normed_rows(self, unit: Any) -> list[Any]:
         """The tiles of a unit of x after the norm, bfloat16; one block of threads writes them to global memory."""
         plan = self.plan
-        inverse = _wide(plgpu.load(self.inverse.at[self.wg], layout=GROUPS.reduce(1), optimized=False), 0)
+        inverse = wide(plgpu.load(self.inverse.at[self.wg], layout=GROUPS.reduce(1), optimized=False), 0)
         results = []
         for a in range(plan.unit):
             tile = plgpu.load(self.rows.at[unit, :, a, :], layout=GROUPS, optimized=False)
             weight = plgpu.load(self.nbuf.at[unit * plan.unit + a], layout=GROUPS.reduce(0), optimized=False)
-            result = tile.astype(jnp.float32) * inverse * _wide(weight.astype(jnp.float32), 1)
+            result = tile.astype(jnp.float32) * inverse * wide(weight.astype(jnp.float32), 1)
             results.append(result.astype(jnp.bfloat16))
 
         def keep() -> None:
@@ -159,9 +162,18 @@ class Norm:
         return results
 
 
-def _wide(v: Any, axis: int) -> Any:
+def wide(v: Any, axis: int) -> Any:
     """v along one axis of a tile [8, 128]."""
     return plgpu.layout_cast(lax.broadcast_in_dim(v, (8, 128), (axis,)), GROUPS)
+
+
+def after(zero: Any, tile: Any) -> Any:
+    """tile [8, 128], bfloat16, for use after zero has been read from shared memory, and so after earlier copies have started.
+
+    The compiler puts what only needs registers before the copies of the weights, which would then wait for the row.
+    """
+    bits = lax.bitcast_convert_type(tile, jnp.int16) | wide(zero, 0)
+    return lax.bitcast_convert_type(bits, jnp.bfloat16)
 
 
 def added(x: Any, delta: Any = None) -> Any:

@@ -24,8 +24,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.blocks import BLOCK, E4M3, BlockScaled
 from pallas_kernels.fp8_linear import prefill_split
+from pallas_kernels.fp8_linear.norm import flat_layer
 from pallas_kernels.fp8_linear.prefill_plan import Plan, plan_for
 from pallas_kernels.fp8_linear.spec import Spec
+from pallas_kernels.layer_index import layer_slice, scale_slice
 
 _ACC = plgpu.Layout.WGMMA
 
@@ -41,57 +43,51 @@ def run(
     plans = [plan_for(spec.rows, spec.k, n, terms) for n in spec.ns]
     padded_rows = max(plan.padded_rows for plan in plans)
     values, scales = prefill_split.build(spec.rows, padded_rows, spec.k, terms)(flat)
-    layer = _layer(weights[0].data.shape[: len(index)], index)
+    layer = flat_layer(weights[0].data.shape[: len(index)], index)
     out = jnp.dtype(spec.out_dtype)
     if spec.form == "swiglu":
-        data, scale = _stack(weights[0], spec.ns[0], spec.k)
         gate, up = (
-            product(plans[0], jnp.dtype(jnp.float32), 2 * layer + m, values, scales, data, scale) for m in range(2)
+            product(plans[0], jnp.dtype(jnp.float32), 2 * layer + m, values, scales, weights[0]) for m in range(2)
         )
         outs = [(jax.nn.silu(gate) * up).astype(out)]
     else:
-        outs = [
-            product(plan, out, layer, values, scales, *_stack(w, plan.n, spec.k))
-            for plan, w in zip(plans, weights, strict=True)
-        ]
+        outs = [product(plan, out, layer, values, scales, w) for plan, w in zip(plans, weights, strict=True)]
     return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in outs)
-
-
-def _stack(w: BlockScaled, n: int, k: int) -> tuple[jax.Array, jax.Array]:
-    return w.data.reshape(-1, n, k), w.scale.reshape(-1)
-
-
-def _layer(stack: tuple[int, ...], index: tuple[Any, ...]) -> jax.Array:
-    """The position in the flattened stack, int32 [1] in device memory: a runtime value, so that all layers share one kernel."""
-    flat: Any = 0
-    for size, i in zip(stack, index, strict=True):
-        flat = flat * size + i
-    return jnp.asarray(flat, jnp.int32).reshape(1)
 
 
 def product(
     plan: Plan,
     out: jnp.dtype,
-    layer: jax.Array,
+    layer: int | jax.Array,
     values: jax.Array,
     scales: jax.Array,
-    data: jax.Array,
-    weight_scale: jax.Array,
+    w: BlockScaled,
 ) -> jax.Array:
-    """[rows, n] of one weight: data [stack, n, k], weight_scale [stack * n/128 * k/128], x as ``prefill_split`` leaves it."""
+    """[rows, n] of the matrix at ``layer`` of a flattened stack, x as ``prefill_split`` leaves it."""
     kind = out if plan.splits == 1 else jnp.dtype(jnp.float32)
-    (y,) = build(plan, kind.name)(layer, values, scales, data, weight_scale)
+    data, scale = w.data.reshape(-1, plan.n, plan.k), w.scale.reshape(-1)
+    if isinstance(layer, int):
+        scale, offset = scale_slice(scale, scale.size // data.shape[0], layer)
+        (y,) = build(plan, kind.name, offset)(values, scales, layer_slice(data, layer), scale)
+    else:
+        (y,) = build(plan, kind.name)(jnp.asarray(layer, jnp.int32).reshape(1), values, scales, data, scale)
     y = y[0] if plan.splits == 1 else jnp.sum(y, axis=0).astype(out)
     return y[: plan.rows]
 
 
 @functools.lru_cache(maxsize=256)
-def build(plan: Plan, out_dtype: str, interpret: Any = None) -> Callable[..., list[jax.Array]]:
-    """The kernel of a plan: call(layer [1], values, scales, data, weight_scale) -> [[splits, stored rows, n]]."""
+def build(
+    plan: Plan, out_dtype: str, offset: int | None = None, interpret: Any = None
+) -> Callable[..., list[jax.Array]]:
+    """The kernel of a plan: call(layer [1], values, scales, data [stack, n, k], weight_scale) -> [[splits, stored rows, n]].
+
+    offset: the first scale of the one matrix that data has; then there is no layer. None: data and weight_scale are stacks.
+    """
     out = jnp.dtype(out_dtype)
 
     def fp8_linear_prefill(*refs: Any) -> None:
-        worker = _Worker(plan, *refs)
+        layer = refs[0][0] if offset is None else 0
+        worker = _Worker(plan, layer, offset or 0, *refs[offset is None :])
         warpgroup = lax.axis_index("wg")
         pl.when(warpgroup < plan.consumers)(worker.multiply)
         pl.when(warpgroup == plan.consumers)(worker.copy)
@@ -129,9 +125,18 @@ class _Worker:
     """A block of threads: its tiles, and what the copying and the multiplying warpgroups do with each."""
 
     def __init__(
-        self, plan: Plan, layer: Any, values: Any, scales: Any, w: Any, weight_scale: Any, out: Any, *scratch: Any
+        self,
+        plan: Plan,
+        layer: Any,
+        offset: int,
+        values: Any,
+        scales: Any,
+        w: Any,
+        weight_scale: Any,
+        out: Any,
+        *scratch: Any,
     ) -> None:
-        self.plan, self.layer = plan, layer[0]
+        self.plan, self.layer, self.offset = plan, layer, offset
         self.values, self.scales, self.w, self.weight_scale, self.out = values, scales, w, weight_scale, out
         self.x_ring, self.w_ring, self.staging, self.full, self.empty = scratch
         self.wg = lax.axis_index("wg")
@@ -201,7 +206,7 @@ class _Worker:
         row_blocks = -(-plan.n // BLOCK)
         # A warpgroup without outputs multiplies zeros: any scale will do.
         weight_row = self.layer * row_blocks + lax.min(lax.div(output, BLOCK), row_blocks - 1)
-        scales_of = functools.partial(self.load_scales, top, weight_row * plan.blocks)
+        scales_of = functools.partial(self.load_scales, top, self.offset + weight_row * plan.blocks)
 
         def step(j: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
             weight_scale, row_scales, totals = carry

@@ -4,6 +4,9 @@ One block of threads owns 64 output rows (gate and up rows for SwiGLU) and all o
 shares k. What it does is in ``mosaic_tile_sm90``. Up to 8 rows it quantizes x by itself, and may norm it first (one row: of
 x + delta). More rows come quantized from a launch before, because every block would repeat that work: in W8A16 from that of a norm
 with a residual (``norm_quant.add_norm_split``), else from one of their own (``prefill_split``).
+
+Up to 8 rows of what is short of time, not of bytes, have a kernel of another kind, ``mosaic_once_sm90``. A layer that is known
+when a launch is traced is sliced from its stacks before it, which costs nothing (``layer_index``): no index has to be loaded.
 """
 
 from __future__ import annotations
@@ -19,11 +22,13 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.blocks import BLOCK, E4M3, BlockScaled
-from pallas_kernels.fp8_linear import prefill_split
+from pallas_kernels.fp8_linear import mosaic_once_sm90, prefill_split
 from pallas_kernels.fp8_linear.mosaic_tile_sm90 import Tile
 from pallas_kernels.fp8_linear.norm import add_norm, add_norm_split, flat_layer
+from pallas_kernels.fp8_linear.once_plan import OncePlan, once_plan_for
 from pallas_kernels.fp8_linear.plan import TILE, Plan, plan_for
 from pallas_kernels.fp8_linear.spec import Spec
+from pallas_kernels.layer_index import layer_slice, scale_slice
 
 
 def run(
@@ -39,9 +44,12 @@ def run(
 
     after: an array that must be ready before.
     """
+    once = once_plan_for(spec)
+    if once is not None:
+        return launch(spec, once, x, weights, index, after, norm, delta)
     if norm is not None and plan_for(spec) is None:
         plain = dataclasses.replace(spec, norm="", delta=False, eps=0.0)
-        plan = plan_for(plain)
+        plan = once_plan_for(plain) or plan_for(plain)
         assert plan is not None, plain
         if delta is None or not plan.ready or plan.terms == 1:
             total, normed = add_norm(x, delta, norm, index, spec.eps)
@@ -55,7 +63,7 @@ def run(
 
 def launch(
     spec: Spec,
-    plan: Plan,
+    plan: Plan | OncePlan,
     x: jax.Array,
     weights: tuple[BlockScaled, ...],
     index: tuple[Any, ...],
@@ -65,6 +73,9 @@ def launch(
     quantized: Sequence[jax.Array] | None = None,
 ) -> tuple[jax.Array, ...]:
     """``run`` with a plan that serves the spec. quantized: x as ``build`` takes it for a plan that is ready, if it is there."""
+    stack = weights[0].data.shape[: len(index)]
+    known = all(isinstance(i, int) for i in index)
+    layer = flat_layer(stack, index)
     view = (spec.rows, plan.blocks, BLOCK)
     operands: list[Any] = [x.reshape(view)]
     if quantized is not None:
@@ -73,11 +84,22 @@ def launch(
         padded = -(-spec.rows // 32) * 32
         operands = list(prefill_split.build(spec.rows, padded, spec.k, plan.terms)(x.reshape(spec.rows, spec.k)))
     if norm is not None:
-        operands += [norm.reshape(-1, plan.blocks, BLOCK)] + ([] if delta is None else [delta.reshape(view)])
+        norm = norm.reshape(-1, plan.blocks, BLOCK)
+        operands.append(layer_slice(norm, layer) if known else norm)
+        operands += [] if delta is None else [delta.reshape(view)]
+    offsets = []
     for w, n in zip(weights, spec.ns, strict=True):
-        operands += [w.data.reshape(-1, n, spec.k), _scales(plan, w.scale)]
-    layer = jnp.asarray(flat_layer(weights[0].data.shape[: len(index)], index), jnp.int32).reshape(1)
-    outs = build(plan, jnp.dtype(spec.out_dtype).name)(layer, *operands, layer if after is None else after)
+        data = w.data.reshape(-1, n, spec.k)
+        scale, offset = _scales(plan, w.scale.reshape(-1), data.shape[0] // plan.mats, layer if known else None)
+        operands += [layer_slice(data, layer, plan.mats) if known else data, scale]
+        offsets.append(offset)
+    if known:
+        plan = dataclasses.replace(plan, offsets=tuple(offsets))
+    else:
+        operands.insert(0, jnp.asarray(layer, jnp.int32).reshape(1))
+    # What has to be ready before is an operand that nobody reads.
+    kernel = mosaic_once_sm90.build if isinstance(plan, OncePlan) else build
+    outs = kernel(plan, jnp.dtype(spec.out_dtype).name)(*operands, operands[0] if after is None else after)
     rows, outs = outs[: plan.row_outputs], outs[plan.row_outputs :]
     results = tuple(out.reshape(*x.shape[:-1], out.shape[-1]) for out in outs)
     if norm is None:
@@ -85,16 +107,21 @@ def launch(
     return (x if delta is None else rows[1].reshape(x.shape), rows[0].reshape(x.shape), *results)
 
 
-def _scales(plan: Plan, scale: jax.Array) -> jax.Array:
-    """All scales in one row, as many at least as one copy takes."""
-    flat = scale.reshape(-1)
-    return jnp.pad(flat, (0, plan.scale_slots - flat.size)) if flat.size < plan.scale_slots else flat
+def _scales(plan: Plan | OncePlan, flat: jax.Array, layers: int, layer: int | None) -> tuple[jax.Array, int]:
+    """Scales in one row, as many at least as one copy takes, and where those of the layer start: all, and 0, for a traced layer."""
+    size = flat.size // layers
+    if layer is not None:
+        part, offset = scale_slice(flat, size, layer, plan.scale_slots)
+        if part.size >= plan.scale_slots:
+            return part, offset
+    return jnp.pad(flat, (0, max(0, plan.scale_slots - flat.size))), 0 if layer is None else layer * size
 
 
 @functools.lru_cache(maxsize=256)
 def build(plan: Plan, out_dtype: str, interpret: Any = None) -> Callable[..., list[jax.Array]]:
     """The kernel of a plan: call(layer [1], x, (norm, delta), (data [stack, n, k], scale [...]) per weight, after).
 
+    With the plan's ``offsets`` there is no layer: norm, data and scale are of one, scale from that offset on.
     x, delta: bfloat16 [rows, blocks, 128]; norm [layers, blocks, 128]; a plan that is ready takes for x values e4m3
     [terms, padded rows, k] and scales float32 [blocks, padded rows]. Returns normed and total (of a plan with a norm and delta),
     then the outputs.
@@ -128,6 +155,7 @@ def build(plan: Plan, out_dtype: str, interpret: Any = None) -> Callable[..., li
             scratch["summed"] = plgpu.Barrier(num_arrivals=groups)
     elif plan.norm:
         scratch["nbuf"] = plgpu.SMEM((groups, plan.x_slots, plan.unit, BLOCK), jnp.dtype(plan.norm))
+        scratch["zero"] = plgpu.SMEM((groups, plan.unit), jnp.int16)
         scratch["squares"] = plgpu.SMEM((groups, plan.unit), jnp.float32)
         scratch["summed"] = plgpu.Barrier(num_arrivals=groups)
         scratch["inverse"] = plgpu.SMEM((groups, plan.unit), jnp.float32)
@@ -139,15 +167,19 @@ def build(plan: Plan, out_dtype: str, interpret: Any = None) -> Callable[..., li
         scratch["arrived"] = plgpu.Barrier(num_arrivals=(plan.split - 1) * groups * mats)
     inputs = 1 + plan.ready + bool(plan.norm) + plan.delta
 
-    def fp8_linear(layer: Any, *refs: Any) -> None:
+    def fp8_linear(*refs: Any) -> None:
         count = len(plan.ns)
+        layer: Any = 0
+        if plan.offsets is None:
+            layer, refs = refs[0][0], refs[1:]
         rows, refs = refs[:inputs], refs[inputs:]
         arrays, refs = refs[: 2 * count], refs[2 * count + 1 :]
         outs, memory = refs[: plan.row_outputs + count], refs[plan.row_outputs + count :]
-        Tile(plan, layer[0], rows, arrays, outs, dict(zip(scratch, memory, strict=True))).compute()
+        Tile(plan, layer, rows, arrays, outs, dict(zip(scratch, memory, strict=True))).compute()
 
     rows_type = jax.ShapeDtypeStruct((plan.rows, plan.blocks, BLOCK), jnp.bfloat16)
-    return plgpu.kernel(
+    # Jitted: calls of several layers are traced once.
+    call = plgpu.kernel(
         fp8_linear,
         out_type=[rows_type] * plan.row_outputs
         + [jax.ShapeDtypeStruct((plan.rows, n), jnp.dtype(out_dtype)) for n in plan.ns],
@@ -166,3 +198,4 @@ def build(plan: Plan, out_dtype: str, interpret: Any = None) -> Callable[..., li
         ),
         interpret=interpret,
     )
+    return jax.jit(call)

@@ -104,12 +104,16 @@ class Tile(Ending, Norm):
         rows = -(-self.plan.ns[j] // BLOCK)
         return (self.layer * self.plan.mats + m) * rows + (self.cta - self.firsts[j]) // (BLOCK // TILE)
 
+    def scale_start(self, j: int, m: int) -> Any:
+        """The first scale of this tile's row of blocks, among those of weight j."""
+        return (self.plan.offsets[j] if self.plan.offsets else 0) + self.scale_row(j, m) * self.plan.blocks
+
     def scale_skip(self, m: int) -> Any:
         """Scales that were copied before those of this row of blocks: copies start at 16 bytes."""
         skip: Any = 0
         if self.plan.blocks % 4:
             for j, first in enumerate(self.firsts):
-                skip = jnp.where(self.cta >= first, lax.rem(self.scale_row(j, m) * self.plan.blocks, 4), skip)
+                skip = jnp.where(self.cta >= first, lax.rem(self.scale_start(j, m), 4), skip)
         return skip
 
     def fetch_w(self, i: Any) -> None:
@@ -133,7 +137,7 @@ class Tile(Ending, Norm):
 
         def fetch(j: int) -> None:
             for m in range(plan.mats):
-                start = self.scale_row(j, m) * plan.blocks
+                start = self.scale_start(j, m)
                 if plan.blocks % 4:
                     start = start - lax.rem(start, 4)
                 source = self.weight_scales[j].at[pl.ds(start, plan.scale_slots)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 
 from pallas_kernels import norm_quant
+from pallas_kernels.parts import Parts
 
 
 def flat_layer(stack: tuple[int, ...], index: tuple[int | jax.Array, ...]) -> int | jax.Array:
@@ -16,11 +17,11 @@ def flat_layer(stack: tuple[int, ...], index: tuple[int | jax.Array, ...]) -> in
 
 
 def add_norm(
-    x: jax.Array, delta: jax.Array | None, norm: jax.Array, index: tuple[int | jax.Array, ...], eps: float
+    x: jax.Array, delta: jax.Array | Parts | None, norm: jax.Array, index: tuple[int | jax.Array, ...], eps: float
 ) -> tuple[jax.Array, jax.Array]:
     """(x + delta, its RMSNorm by norm[index]) of ``norm_linears``; (x, its norm) without delta."""
     layer, rows = flat_layer(norm.shape[:-1], index), (-1, x.shape[-1])
-    added = None if delta is None else delta.reshape(rows)
+    added = delta.reshape(rows) if isinstance(delta, jax.Array) else delta
     total, normed = norm_quant.add_norm(x.reshape(rows), added, norm.reshape(rows), layer, eps)
     return total.reshape(x.shape), normed.reshape(x.shape)
 

@@ -23,7 +23,8 @@ class Plan:
     rows, k, ns: as in Spec; mats: matrices that a tile reads, 2 for SwiGLU; terms: e4m3 terms of an x, 1 (W8A8) or 2 (W8A16).
     warpgroups: each walks its own share of k; unit: k-blocks whose x is quantized at once; step: k-blocks of a TMA stage.
     stages, x_slots: depths of the rings. ready: x comes quantized, from a launch before. norm, delta, eps: as in Spec.
-    split: blocks of threads, one cluster, that share the k of a tile.
+    split: blocks of threads, one cluster, that share the k of a tile. offsets: the first scale of each weight where operands are
+    those of one layer; None: they are stacks and the layer is loaded.
     """
 
     rows: int
@@ -41,6 +42,7 @@ class Plan:
     delta: bool = False
     eps: float = 0.0
     split: int = 1
+    offsets: tuple[int, ...] | None = None
 
     @property
     def blocks(self) -> int:

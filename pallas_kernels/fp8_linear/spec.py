@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.blocks import BLOCK, E4M3, BlockScaled
+from pallas_kernels.layer_index import KnownLayer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +105,7 @@ def tolerance(spec: Spec, backend: str) -> float:
 def inputs(spec: Spec, key: jax.Array) -> tuple[Any, ...]:
     """(x [rows, k], weights, index, None) and with a norm (.., norm [layers, k], delta or None), made on the device.
 
-    Weights are e4m3 of all finite values with positive scales around 1e-3.
+    The layer of the index is known, as those of a model are. Weights: e4m3 of all finite values with positive scales around 1e-3.
     """
     return jax.jit(functools.partial(_inputs, spec))(key)
 
@@ -123,7 +124,7 @@ def _inputs(spec: Spec, key: jax.Array) -> tuple[Any, ...]:
         shape = (*stack, -(-n // BLOCK), -(-spec.k // BLOCK))
         scale = jax.random.uniform(b, shape, jnp.float32, 0.5, 1.5) * 1e-3
         weights.append(BlockScaled(jax.lax.bitcast_convert_type(bits, E4M3), scale))
-    args = (x, tuple(weights), (jnp.zeros((), jnp.int32),), None)
+    args = (x, tuple(weights), (KnownLayer(0),), None)
     if not spec.norm:
         return args
     a, b = jax.random.split(jax.random.fold_in(key, 100))
@@ -135,7 +136,7 @@ def _inputs(spec: Spec, key: jax.Array) -> tuple[Any, ...]:
 def advance(spec: Spec, args: tuple[Any, ...], out: Any, i: int) -> tuple[Any, ...]:
     """The next layer of the stack; the outputs before become an operand that is not read, so that calls stay in order."""
     x, weights, _, _, *norm = args
-    return x, weights, (jnp.asarray(i % spec.layers, jnp.int32),), jax.tree.leaves(out)[-1], *norm
+    return x, weights, (KnownLayer(i % spec.layers),), jax.tree.leaves(out)[-1], *norm
 
 
 RIVALS: dict[str, dict[str, dict[int, float]]] = {

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels import registry
 from pallas_kernels.arch import Arch
 from pallas_kernels.blocks import BlockScaled, Weight
+from pallas_kernels.layer_index import layer_index
 from pallas_kernels.mla_out.spec import Spec
 from pallas_kernels.registry import Backend, Module, Refusal, always, needs_sm80, needs_sm90
 
@@ -53,7 +53,7 @@ def output(
         raise ValueError(
             f"context {context.shape}, lse {None if lse is None else lse.shape}: {spec} needs {lead} and {latent}"
         )
-    args = (context, w_uv, o_proj, jnp.asarray(layer, jnp.int32), *(() if lse is None else (lse,)))
+    args = (context, w_uv, o_proj, layer_index(layer), *(() if lse is None else (lse,)))
     return registry.call("mla_out", BACKENDS, spec, args, forced=backend)
 
 

@@ -13,6 +13,8 @@ import triton.language as tl
 
 from pallas_kernels import fp8_linear
 from pallas_kernels.blocks import Weight
+from pallas_kernels.layer_index import layer_argument
+from pallas_kernels.layer_triton import layer_of
 from pallas_kernels.loaded_triton import loaded
 from pallas_kernels.lowering import triton_options
 from pallas_kernels.mla_out import reference
@@ -29,7 +31,7 @@ def up_project_row_kernel(
     head = tl.program_id(1)
     column = tl.program_id(0) * BV + tl.arange(0, BV)
     inner = tl.arange(0, LATENT)
-    start = (tl.load(layer).to(tl.int64) * HEADS + head) * V * LATENT
+    start = (layer_of(layer).to(tl.int64) * HEADS + head) * V * LATENT
     w = tl.load(w_uv + start + column[:, None] * LATENT + inner[None, :], eviction_policy="evict_first")
     x = tl.load(context + head * LATENT + inner)
     total = tl.sum(w.to(tl.float32) * x.to(tl.float32)[None, :], 1)
@@ -49,7 +51,7 @@ def up_project_parts_row_kernel(
     log_sum = tl.load(lse + part * HEADS + head, mask=part < PARTS, other=float("-inf")) * LOG2E
     at = parts + (part * HEADS + head)[:, None] * LATENT + inner[None, :]
     x = tl.load(at, mask=(part < PARTS)[:, None], other=0.0)
-    start = (tl.load(layer).to(tl.int64) * HEADS + head) * V * LATENT
+    start = (layer_of(layer).to(tl.int64) * HEADS + head) * V * LATENT
     w = tl.load(w_uv + start + column[:, None] * LATENT + inner[None, :], eviction_policy="evict_first")
     peak = tl.max(log_sum, 0)
     weight = tl.exp2(log_sum - tl.where(peak == float("-inf"), 0.0, peak))
@@ -81,7 +83,7 @@ def up_project_kernel(
     column = tl.program_id(0) * BV + tl.arange(0, BV)
     row = tl.program_id(2) * BM + tl.arange(0, BM)
     live = row < ROWS
-    start = (tl.load(layer).to(tl.int64) * HEADS + head) * V * LATENT
+    start = (layer_of(layer).to(tl.int64) * HEADS + head) * V * LATENT
     at = (row * HEADS + head) * LATENT
     total = tl.zeros([BM, BV], tl.float32)
     if BK == LATENT:
@@ -103,7 +105,7 @@ def _depth(latent: int, few: bool) -> int:
     return 256 if few and latent % 256 == 0 else 128
 
 
-def up_project(spec: Spec, context: jax.Array, w_uv: jax.Array, layer: jax.Array) -> jax.Array:
+def up_project(spec: Spec, context: jax.Array, w_uv: jax.Array, layer: int | jax.Array) -> jax.Array:
     """context [rows, heads, kv_lora_rank] -> values [rows, heads * v]."""
     latent = spec.kv_lora_rank
     sizes = {"HEADS": spec.heads, "V": spec.v, "LATENT": latent}
@@ -120,7 +122,7 @@ def up_project(spec: Spec, context: jax.Array, w_uv: jax.Array, layer: jax.Array
         kernel, grid = up_project_kernel, (spec.v // tile, spec.heads, -(-spec.rows // rows))
         sizes |= {"ROWS": spec.rows, "BM": rows, "BV": tile, "BK": _depth(latent, few)}
     return jax_triton.triton_call(
-        context, w_uv, layer.reshape(1), kernel=kernel, grid=grid, name="mla_up_project", num_warps=warps,
+        context, w_uv, layer_argument(layer), kernel=kernel, grid=grid, name="mla_up_project", num_warps=warps,
         out_type=jax.ShapeDtypeStruct((spec.rows, spec.heads * spec.v), context.dtype), **triton_options(), **sizes,
     )  # fmt: skip
 
@@ -131,10 +133,12 @@ def merges(spec: Spec) -> bool:
     return spec.rows == 1 and spec.parts <= 16 and latent & (latent - 1) == 0
 
 
-def up_project_parts(spec: Spec, parts: jax.Array, lse: jax.Array, w_uv: jax.Array, layer: jax.Array) -> jax.Array:
+def up_project_parts(
+    spec: Spec, parts: jax.Array, lse: jax.Array, w_uv: jax.Array, layer: int | jax.Array
+) -> jax.Array:
     """parts float32 [1, parts, heads, kv_lora_rank] with natural logs of their sums -> values [1, heads * v]."""
     return jax_triton.triton_call(
-        parts, lse, w_uv, layer.reshape(1), kernel=up_project_parts_row_kernel, grid=(spec.v // 16, spec.heads),
+        parts, lse, w_uv, layer_argument(layer), kernel=up_project_parts_row_kernel, grid=(spec.v // 16, spec.heads),
         name="mla_up_project_parts_row", num_warps=8, **triton_options(),
         out_type=jax.ShapeDtypeStruct((1, spec.heads * spec.v), w_uv.dtype),
         HEADS=spec.heads, V=spec.v, LATENT=spec.kv_lora_rank, BV=16, PARTS=spec.parts, PADDED=triton.next_power_of_2(spec.parts),
@@ -142,7 +146,12 @@ def up_project_parts(spec: Spec, parts: jax.Array, lse: jax.Array, w_uv: jax.Arr
 
 
 def run(
-    spec: Spec, context: jax.Array, w_uv: jax.Array, o_proj: Weight, layer: jax.Array, lse: jax.Array | None = None
+    spec: Spec,
+    context: jax.Array,
+    w_uv: jax.Array,
+    o_proj: Weight,
+    layer: int | jax.Array,
+    lse: jax.Array | None = None,
 ) -> jax.Array:
     if lse is not None and merges(spec):
         values = up_project_parts(spec, context, lse, w_uv, layer)

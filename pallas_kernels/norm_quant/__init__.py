@@ -12,7 +12,8 @@ from pallas_kernels.arch import Arch
 from pallas_kernels.layer_index import layer_index
 from pallas_kernels.norm_quant import reference
 from pallas_kernels.norm_quant.spec import Spec
-from pallas_kernels.registry import Backend, Module, Refusal, always, needs_sm80
+from pallas_kernels.parts import Parts
+from pallas_kernels.registry import Backend, Module, Refusal, always, needs_sm80, needs_sm90
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -76,7 +77,7 @@ def norm_quantize(
 
 def add_norm(
     x: jax.Array,
-    residual: jax.Array | None,
+    residual: jax.Array | Parts | None,
     weight: jax.Array,
     layer: int | jax.Array,
     eps: float,
@@ -87,8 +88,10 @@ def add_norm(
 
     Computes: h = x + residual (x itself without residual); (h, rms_norm(h, weight[layer], eps)).
     Inputs: x and residual (or None) [rows, n] of one dtype; weight [layers, n]; layer: static or traced scalar; eps: static.
-    Outputs: h and its norm, [rows, n] in x's dtype. Rounding points: h once; the norm is taken of the rounded h, and rounded once.
-    Graph-safe: yes. Source: spec section 5.
+      residual: also ``Parts`` of ``experts.mix``, for ``residual.summed(x.dtype)``, with the same bits.
+    Outputs: h and its norm, [rows, n] in x's dtype.
+    Rounding points: a sum of parts once; h once; the norm is taken of the rounded h, and rounded once.
+    Graph-safe: yes. Source: spec section 5. On Hopper parts are summed in the same launch, by a cluster of eight blocks a row.
     """
     if residual is None:
         return x, rms_norm(x, weight[layer], eps)
@@ -141,7 +144,7 @@ def add_norm_split(
 
 def _fused(
     x: jax.Array,
-    residual: jax.Array | None,
+    residual: jax.Array | Parts | None,
     weight: jax.Array | None,
     layer: int | jax.Array,
     eps: float,
@@ -149,15 +152,32 @@ def _fused(
     backend: str | None,
     split: bool = False,
 ) -> tuple[jax.Array, ...]:
-    if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
-        raise ValueError(f"residual {residual.shape} {residual.dtype} must match x {x.shape} {x.dtype}")
+    parts = residual.ids.shape[1] if isinstance(residual, Parts) else 0
+    if residual is not None:
+        given = (residual.shape, x.dtype if isinstance(residual, Parts) else residual.dtype)
+        if given != (x.shape, x.dtype):
+            raise ValueError(f"residual {given[0]} {given[1]} must match x {x.shape} {x.dtype}")
     if weight is not None and (weight.ndim != 2 or weight.shape[1] != x.shape[1]):
         raise ValueError(f"weight of shape {weight.shape} must be [layers, {x.shape[1]}]")
     layers, kind = (1, "none") if weight is None else (weight.shape[0], weight.dtype.name)
     sizes = (x.shape[0], x.shape[1], layers, x.dtype.name, kind)
-    spec = Spec(*sizes, residual is not None, weight is not None, quantize, float(eps), split)
+    spec = Spec(*sizes, residual is not None, weight is not None, quantize, float(eps), split, parts)
     args = (x, residual, weight, layer_index(layer))
     return registry.call("norm_quant", BACKENDS, spec, args, forced=backend)
+
+
+def _gluon_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
+    if refusal := needs_sm90(arch):
+        return refusal
+    if not spec.parts or not spec.norm or spec.quantize or spec.split:
+        return Refusal("serves the residual add of parts with the norm that follows, and nothing else")
+    if spec.dtype != "bfloat16":
+        return Refusal(f"rows are {spec.dtype}, the kernel takes bfloat16")
+    if spec.parts & (spec.parts - 1) or not 2 <= spec.parts <= 16:
+        return Refusal(f"{spec.parts} parts a row must be 2, 4, 8 or 16")
+    if spec.width % 1024 or spec.width > 16384:
+        return Refusal(f"width {spec.width} must be a multiple of 1024, 16384 at most: eight blocks a row")
+    return None
 
 
 def _triton_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
@@ -177,6 +197,7 @@ def _load_reference() -> Callable[..., Any]:
 
 
 BACKENDS = (
+    Backend("gluon", _gluon_supports, Module("pallas_kernels.norm_quant.gluon_parts")),
     Backend("triton", _triton_supports, Module("pallas_kernels.norm_quant.triton")),
     Backend("reference", always, _load_reference),
 )

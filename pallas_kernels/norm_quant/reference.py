@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.blocks import E4M3, E4M3_MAX, to_e4m3
 from pallas_kernels.norm_quant.spec import Spec, padded
+from pallas_kernels.parts import Parts, whole
 from pallas_kernels.products import rounded
 
 
@@ -43,12 +44,12 @@ def quantize_groups(x: jax.Array, group: int = 128, floor: float = 1e-10) -> tup
 
 
 def fused(
-    spec: Spec, x: jax.Array, residual: jax.Array | None, weight: jax.Array | None, layer: jax.Array
+    spec: Spec, x: jax.Array, residual: jax.Array | Parts | None, weight: jax.Array | None, layer: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """Add, norm and quantize one after the other, each with its own rounding."""
+    """Sum, add, norm and quantize one after the other, each with its own rounding."""
     results: tuple[jax.Array, ...] = ()
     if residual is not None:
-        x = add(x, residual)
+        x = add(x, whole(residual, x.dtype))
         results = (x,)
     if weight is not None:
         x = rms_norm(x, weight[layer], spec.eps)

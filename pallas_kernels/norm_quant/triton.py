@@ -16,6 +16,7 @@ from pallas_kernels.layer_triton import layer_of
 from pallas_kernels.lowering import triton_options
 from pallas_kernels.norm_quant import split_triton
 from pallas_kernels.norm_quant.spec import Spec
+from pallas_kernels.parts import Parts, whole
 
 
 @triton.jit
@@ -55,8 +56,10 @@ def row_kernel(
 
 
 def run(
-    spec: Spec, x: jax.Array, residual: jax.Array | None, weight: jax.Array | None, layer: int | jax.Array
+    spec: Spec, x: jax.Array, residual: jax.Array | Parts | None, weight: jax.Array | None, layer: int | jax.Array
 ) -> tuple[jax.Array, ...]:
+    """Parts are XLA's to sum, in a launch of its own."""
+    residual = None if residual is None else whole(residual, x.dtype)
     if spec.split:
         assert residual is not None and weight is not None, spec
         return split_triton.run(spec, x, residual, weight, layer)

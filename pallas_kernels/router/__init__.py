@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,18 +62,23 @@ def add_norm_route(
     k: int,
     scale: float,
     unit: int = 0,
+    split: bool = False,
     backend: str | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, Lists | None, jax.Array]:
+) -> tuple[Any, ...]:
     """Residual add, RMSNorm and the router of its result: one launch for few rows.
 
     Computes: total = x + delta (x itself without delta); normed = norm[layer] * total / sqrt(mean(total^2) + eps)
       (total without norm); ids, weights = route(normed, gate, bias, layer).
     Inputs: x and delta [rows, hidden] of one dtype; norm [moe layers, hidden]; mailbox int32 [``mailbox_words(rows, hidden,
       experts)``], zeros: programs of a launch meet there; gate, bias, layer, k, scale and backend as for ``route``, eps: static;
-      unit: rows of an item of the experts (``experts.list_unit()``), 0 for no lists.
+      unit: rows of an item of the experts (``experts.list_unit()``), 0 for no lists; split: whether normed is wanted in two terms.
     Outputs: total and normed [rows, hidden] in x's dtype; ids and weights as ``route``; lists, what ``experts.mix`` would make of
-      the ids first: (pairs and items up to and with each expert int32 [2, experts], pairs by expert int32 [rows * k]), or None
-      where the launch does not make them (unit below the rows, one row or more than 8, more than 8 choices); mailbox, zeros again.
+      the ids first: (pairs and items up to and with each expert int32 [2, experts], pairs by expert int32 [rows * k, rounded up to
+      32], with anything behind the pairs), or None where the launch does not make them (unit below the rows, one row or more than
+      8, more than 8 choices); with split, and only then, the terms of normed = scale * (values 0 + values 1 / 16) as ``fp8_linear``
+      splits rows on Hopper: (values float8_e4m3fn [hidden / 128, 16, 128], term t of row r at 8 t + r; scales float32 [hidden /
+      128, 8]; anything in what no row has), or None where the launch does not make them (no norm, more than 8 rows, a GPU before
+      SM89); mailbox, zeros again.
     Rounding points: total once; the norm is taken of the rounded total, in float32, and rounded once; the rest as ``route``.
     Refuses: as ``route``; ValueError for a delta, a norm or a mailbox of another shape. One launch for up to 8 rows of bfloat16
       with a gate of bfloat16 and up to 256 experts; three for others.
@@ -84,7 +90,7 @@ def add_norm_route(
     """
     kind = "" if norm is None else norm.dtype.name
     spec = dataclasses.replace(
-        _spec(x, gate, bias, k, scale), norm=kind, delta=delta is not None, eps=float(eps), unit=unit
+        _spec(x, gate, bias, k, scale), norm=kind, delta=delta is not None, eps=float(eps), unit=unit, split=split
     )
     shape = (gate.shape[0], x.shape[1]) if norm is None else norm.shape
     if shape != (gate.shape[0], x.shape[1]):
@@ -96,8 +102,8 @@ def add_norm_route(
         raise ValueError(f"delta {delta.shape} {delta.dtype} must match x {x.shape} {x.dtype}")
     # A number that is known goes along with the launch, and the kernel has nothing to wait for before it loads gate.
     args = (x, gate, bias, layer_index(layer), None, norm, delta, mailbox)
-    total, normed, ids, weights, lists, mailbox = registry.call("router", BACKENDS, spec, args, forced=backend)
-    return total, normed, ids, weights, lists, mailbox
+    *results, terms, mailbox = registry.call("router", BACKENDS, spec, args, forced=backend)
+    return (*results, terms, mailbox) if split else (*results, mailbox)
 
 
 def _spec(x: jax.Array, gate: jax.Array, bias: jax.Array, k: int, scale: float) -> Spec:

@@ -20,61 +20,20 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from pallas_kernels import jax_gluon
 from pallas_kernels.layer_index import layer_argument
-from pallas_kernels.lowering import triton_options
+from pallas_kernels.lowering import default_arch, triton_options
 from pallas_kernels.router.gluon_choice import bits_ahead, eight, hear, list_rows, places_of, store_choice, tell
+from pallas_kernels.router.gluon_norm import norm_row
 from pallas_kernels.router.gluon_words import KEEP, keys_of, operands, wait_for_sums, word
 from pallas_kernels.router.spec import MOST_EXPERTS, MOST_ROWS, TILE, WARPS, Spec, slices_of
 
 jax_gluon.install()
-_CHUNK = 2048  # most numbers that all threads of a norm load at once
-_EACH = MOST_EXPERTS // (32 * WARPS)  # experts of a thread that waits for logits
+AT_ONCE = 2048  # most numbers that all threads of a norm load at once
+EACH = MOST_EXPERTS // (32 * WARPS)  # experts of a thread that waits for logits
 _WAIT = gl.constexpr(wait_for_sums(1, 1, 0, clear=False))
 
 
 @gluon.jit
-def _norm_row(
-    x, delta, norm, inverses, total, normed, row, always,
-    HIDDEN: gl.constexpr, EPS: gl.constexpr, ADD: gl.constexpr, NORM: gl.constexpr, CHUNK: gl.constexpr, CHUNKS: gl.constexpr,
-    PROGRAMS: gl.constexpr, BP: gl.constexpr, BM: gl.constexpr,
-):  # fmt: skip
-    """One row of total and normed [rows, HIDDEN]; its 1 / RMS into inverses [PROGRAMS, BM]."""
-    eights: gl.constexpr = gl.BlockedLayout([8], [32], [gl.num_warps()], [0])
-    lane = gl.arange(0, CHUNK, eights)
-    rows, deltas, scales, sums = (), (), (), ()
-    for c in gl.static_range(CHUNKS):
-        at = row * HIDDEN + c * CHUNK + lane
-        rows = rows + (gl.load(x + at),)  # noqa: RUF005 (Triton knows no unpacking)
-        deltas = deltas + (gl.load(delta + at) if ADD else 0,)  # noqa: RUF005
-    for c in gl.static_range(CHUNKS):
-        scales = scales + (gl.load(norm + c * CHUNK + lane) if NORM else 0,)  # noqa: RUF005
-    # ptxas would load norm behind the sum; it moves no load across a barrier.
-    gl.thread_barrier()
-    squares = gl.zeros([CHUNK], gl.float32, eights)
-    for c in gl.static_range(CHUNKS):
-        y = rows[c]
-        if ADD:
-            y = (y.to(gl.float32) + deltas[c].to(gl.float32)).to(y.dtype)
-        sums = sums + (y,)  # noqa: RUF005
-        squares += y.to(gl.float32) * y.to(gl.float32)
-    inverse = 0.0
-    if NORM:
-        inverse = gl.rsqrt(gl.sum(squares, 0) / HIDDEN + EPS)
-        # A word for each who waits: hundreds of warps that look at one would wait for each other.
-        to = gl.arange(0, BP, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-        said = word(inverse) + to * 0
-        gl.atomic_xchg(inverses + to * BM + row, said, mask=to < PROGRAMS, sem="relaxed", scope="gpu")
-    # Always so. ptxas would put what waits for norm, which comes from far, in front of the words; but nothing in front of a branch.
-    if always > 0:
-        for c in gl.static_range(CHUNKS):
-            at = row * HIDDEN + c * CHUNK + lane
-            if ADD:
-                gl.store(total + at, sums[c])
-            if NORM:
-                gl.store(normed + at, (sums[c].to(gl.float32) * inverse * scales[c].to(gl.float32)).to(sums[c].dtype))
-
-
-@gluon.jit
-def _multiply(
+def multiply(
     gates, rows, mailbox, inverses, part, tile,
     ROWS: gl.constexpr, NORM: gl.constexpr, CHUNKS: gl.constexpr, SLICES: gl.constexpr, PADDED: gl.constexpr, BM: gl.constexpr,
     mma: gl.constexpr,
@@ -147,10 +106,10 @@ def _add_logits(
             z = (z.to(gl.float32) * inverse * scales[c].to(gl.float32)).to(z.dtype)
         normed = normed + (z,)  # noqa: RUF005
     if NORM:
-        _multiply(gates, normed, mailbox, inverses, part, tile, ROWS, NORM, CHUNKS, SLICES, PADDED, BM, mma)
+        multiply(gates, normed, mailbox, inverses, part, tile, ROWS, NORM, CHUNKS, SLICES, PADDED, BM, mma)
     elif always > 0:
         # Always so. ptxas would put products between the loads, to save registers; but nothing in front of a branch.
-        _multiply(gates, normed, mailbox, inverses, part, tile, ROWS, NORM, CHUNKS, SLICES, PADDED, BM, mma)
+        multiply(gates, normed, mailbox, inverses, part, tile, ROWS, NORM, CHUNKS, SLICES, PADDED, BM, mma)
 
 
 @gluon.jit
@@ -192,11 +151,11 @@ def _choose(
 
 @gluon.jit
 def few_rows_kernel(
-    x, delta, norm, gate, bias, layer, rounds, mailbox, total, normed, ids, weights, table, order,
+    x, delta, norm, gate, bias, layer, rounds, mailbox, total, normed, ids, weights, table, order, values, terms,
     ROWS: gl.constexpr, HIDDEN: gl.constexpr, EXPERTS: gl.constexpr, K: gl.constexpr, SCALE: gl.constexpr, EPS: gl.constexpr,
     ADD: gl.constexpr, NORM: gl.constexpr, UNIT: gl.constexpr, CHUNKS: gl.constexpr, SLICES: gl.constexpr, TILES: gl.constexpr,
-    BM: gl.constexpr, BP: gl.constexpr, CHUNK: gl.constexpr, AT_CALL: gl.constexpr, LOOK: gl.constexpr, LOOK_OPERANDS: gl.constexpr,
-    LOOK_TYPES: gl.constexpr,
+    BM: gl.constexpr, BP: gl.constexpr, CHUNK: gl.constexpr, AT_CALL: gl.constexpr, SPLIT: gl.constexpr, LOOK: gl.constexpr,
+    LOOK_OPERANDS: gl.constexpr, LOOK_TYPES: gl.constexpr,
 ):  # fmt: skip
     """Grid (ROWS, where there is something to add or to norm, then TILES * SLICES, then ROWS). mailbox: words of the logits [ROWS,
     SLICES, TILES * 16], of 1 / RMS [TILES * SLICES, BM], of the choices [ROWS, ROWS, 32]."""
@@ -206,9 +165,9 @@ def few_rows_kernel(
     program = gl.program_id(0)
     inverses = mailbox + ROWS * SLICES * PADDED
     if program < NORMS:
-        _norm_row(
-            x, delta, norm + which * HIDDEN, inverses, total, normed, program, rounds,
-            HIDDEN, EPS, ADD, NORM, CHUNK, HIDDEN // CHUNK, TILES * SLICES, BP, BM,
+        norm_row(
+            x, delta, norm + which * HIDDEN, inverses, total, normed, values, terms, program, rounds,
+            HIDDEN, EPS, ADD, NORM, CHUNK, SPLIT, NORM, TILES * SLICES, BP, BM,
         )  # fmt: skip
     elif program < NORMS + TILES * SLICES:
         own = program - NORMS
@@ -236,26 +195,32 @@ def run(
     delta: jax.Array | None,
     mailbox: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    """(total, normed, ids, weights, lists, mailbox), as ``router.add_norm_route`` describes them."""
+    """(total, normed, ids, weights, lists, terms, mailbox), as ``router.add_norm_route`` describes them."""
     shape, slices, tiles, unit = jax.ShapeDtypeStruct, slices_of(spec), -(-spec.experts // TILE), spec.unit_here
-    words, at_call = jax.new_ref(mailbox), isinstance(layer, int)
-    row, unused = shape((spec.rows, spec.hidden), x.dtype), shape((1,), jnp.int32)
-    total, normed, ids, weights, table, order = jax_triton.triton_call(
+    words, at_call, split = jax.new_ref(mailbox), isinstance(layer, int), spec.split_by(default_arch())
+    row, unused, groups = shape((spec.rows, spec.hidden), x.dtype), shape((1,), jnp.int32), spec.hidden // 128
+    total, normed, ids, weights, table, order, values, scales = jax_triton.triton_call(
         x, x if delta is None else delta, x if norm is None else norm, gate, bias,
         layer_argument(layer), spec.k, words,
         kernel=few_rows_kernel,
         out_type=(
             row if spec.delta else unused, row if spec.norm else unused,
             shape((spec.rows, spec.k), jnp.int32), shape((spec.rows, spec.k), jnp.float32),
-            shape((2, spec.experts), jnp.int32) if unit else unused, shape((spec.rows * spec.k,), jnp.int32) if unit else unused,
+            shape((2, spec.experts), jnp.int32) if unit else unused,
+            # Whole lines, as the experts' kernels read them.
+            shape((-(-spec.rows * spec.k // 32) * 32,), jnp.int32) if unit else unused,
+            shape((groups, 2 * MOST_ROWS, 128), jnp.float8_e4m3fn) if split else unused,
+            shape((groups, MOST_ROWS), jnp.float32) if split else unused,
         ),
         grid=((spec.rows if spec.delta or spec.norm else 0) + tiles * slices + spec.rows,), name="router_few", num_warps=WARPS,
         **triton_options(),
         ROWS=spec.rows, HIDDEN=spec.hidden, EXPERTS=spec.experts, K=spec.k, SCALE=spec.scale, EPS=spec.eps, ADD=spec.delta,
         NORM=bool(spec.norm), UNIT=unit, CHUNKS=-(-spec.hidden // (32 * WARPS * slices)), SLICES=slices, TILES=tiles,
-        BM=MOST_ROWS, BP=triton.next_power_of_2(tiles * slices), CHUNK=min(spec.hidden & -spec.hidden, _CHUNK), AT_CALL=at_call,
-        LOOK=wait_for_sums(_EACH, slices, tiles * TILE, clear=True), LOOK_OPERANDS=operands(_EACH, 1),
-        LOOK_TYPES=(gl.int32,) * _EACH,
+        BM=MOST_ROWS, BP=triton.next_power_of_2(tiles * slices), CHUNK=min(spec.hidden & -spec.hidden, AT_ONCE), AT_CALL=at_call,
+        SPLIT=split,
+        LOOK=wait_for_sums(EACH, slices, tiles * TILE, clear=True), LOOK_OPERANDS=operands(EACH, 1),
+        LOOK_TYPES=(gl.int32,) * EACH,
     )  # fmt: skip
     total = total if spec.delta else x
-    return total, normed if spec.norm else total, ids, weights, (table, order) if unit else None, jax.freeze(words)
+    lists, terms = (table, order) if unit else None, (values, scales) if split else None
+    return total, normed if spec.norm else total, ids, weights, lists, terms, jax.freeze(words)

@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.norm_quant import reference as norm_quant
 from pallas_kernels.norm_quant.reference import add, add_norm
 from pallas_kernels.products import einsum
-from pallas_kernels.router.spec import Spec
+from pallas_kernels.router.spec import MOST_ROWS, Spec
 
 
 def run(
@@ -23,7 +24,7 @@ def run(
     delta: jax.Array | None = None,
     mailbox: jax.Array | None = None,
 ) -> tuple[Any, ...]:
-    """(ids, weights) as ``router.route`` describes them, with a mailbox (total, normed, ids, weights, None, mailbox) of
+    """(ids, weights) as ``router.route`` describes them, with a mailbox (total, normed, ids, weights, None, terms, mailbox) of
     ``add_norm_route``.
 
     Nothing reads ``after`` or ``mailbox`` here.
@@ -34,7 +35,16 @@ def run(
         total = normed = x if delta is None else add(x, delta)
     else:
         total, normed = add_norm(x, delta, norm[layer], spec.eps)
-    return total, normed, *route(normed, gate, bias, layer, spec.k, spec.scale), None, mailbox
+    wanted = spec.split and spec.norm and spec.rows <= MOST_ROWS and spec.hidden % 128 == 0
+    terms = split(normed) if wanted else None
+    return total, normed, *route(normed, gate, bias, layer, spec.k, spec.scale), None, terms, mailbox
+
+
+def split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(values [k / 128, 16, 128], scales [k / 128, 8]) of up to 8 rows x [rows, k], zeros for the rows that x lacks."""
+    values, scales = norm_quant.split(x)
+    blocks = values[:, :MOST_ROWS].reshape(2 * MOST_ROWS, -1, 128)
+    return blocks.swapaxes(0, 1), scales[:, :MOST_ROWS]
 
 
 def route(

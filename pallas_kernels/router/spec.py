@@ -9,11 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.arch import Arch
+
 
 @dataclass(frozen=True)
 class Spec:
     """One call; dtypes are numpy names. norm: dtype of an RMSNorm's weight before it, "" for none; delta: a sum before that. unit:
-    rows of an item of the experts' lists, 0 for no lists.
+    rows of an item of the experts' lists, 0 for no lists. split: the norm also comes in two e4m3 terms.
     """
 
     rows: int
@@ -28,11 +30,16 @@ class Spec:
     delta: bool = False
     eps: float = 0.0
     unit: int = 0
+    split: bool = False
 
     @property
     def unit_here(self) -> int:
         """``unit`` where the launch makes the experts' lists."""
         return self.unit if 1 < self.rows <= self.unit and self.k <= 8 and slices_of(self) else 0
+
+    def split_by(self, arch: Arch | None) -> bool:
+        """Whether the launch for few rows makes the terms; GPUs before SM89 know no e4m3."""
+        return self.split and bool(self.norm) and slices_of(self) > 0 and (arch is None or arch.sm >= 89)
 
     def flops(self) -> int:
         return 2 * self.rows * self.hidden * self.experts
@@ -42,7 +49,8 @@ class Spec:
         gate = self.experts * (self.hidden * jnp.dtype(self.gate_dtype).itemsize + 4)
         gate += self.hidden * jnp.dtype(self.norm).itemsize if self.norm else 0
         rows = 1 + bool(self.norm) + 2 * self.delta
-        return gate + self.rows * (rows * self.hidden * jnp.dtype(self.dtype).itemsize + 8 * self.k)
+        terms = (2 * self.hidden + self.hidden // 32) * self.split
+        return gate + self.rows * (rows * self.hidden * jnp.dtype(self.dtype).itemsize + 8 * self.k + terms)
 
 
 CASES: dict[str, Spec] = {
@@ -58,7 +66,7 @@ MOST_ROWS, MOST_EXPERTS, WARPS, TILE, MOST_SLICES = 8, 256, 4, 16, 8
 # Updated in place: the mailbox.
 STATE = (7,)
 # For compute-sanitizer.
-SMALL: dict[str, dict[str, Any]] = {"small": {}, "small_norm": {"delta": True, "unit": 8}}
+SMALL: dict[str, dict[str, Any]] = {"small": {}, "small_norm": {"delta": True, "unit": 8, "split": True}}
 RIVALS: dict[str, dict[str, dict[int, float]]] = {"glm_norm": {"target": {1: 4.0}}}
 
 
@@ -106,13 +114,21 @@ def advance(spec: Spec, args: tuple[Any, ...], out: tuple[jax.Array, ...], i: in
 def comparable(spec: Spec, out: tuple[jax.Array, ...]) -> Any:
     """Weights by expert, float32 [rows, experts]: two experts whose scores are equal but for rounding may change places.
 
-    With a norm also the sum, its norm and the mailbox.
+    With a norm also the sum, its norm, what its terms stand for, and the mailbox.
     """
     ids, weights = out[2:4] if spec.norm else out
     by_expert = jnp.zeros((spec.rows, spec.experts), jnp.float32).at[jnp.arange(spec.rows)[:, None], ids].add(weights)
     if not spec.norm:
         return by_expert
-    return by_expert, *(side.astype(jnp.float32) for side in (*out[:2], out[-1]))
+    sides = (*out[:2], *([] if out[-2] is None else [_joined(spec, *out[-2])]), out[-1])
+    return by_expert, *(side.astype(jnp.float32) for side in sides)
+
+
+def _joined(spec: Spec, values: jax.Array, scales: jax.Array) -> jax.Array:
+    """The rows [rows, hidden] of which these are the terms."""
+    high, low = (values[:, at : at + spec.rows].astype(jnp.float32) for at in (0, MOST_ROWS))
+    rows = (high + low / 16) * scales[:, : spec.rows, None]
+    return rows.swapaxes(0, 1).reshape(spec.rows, spec.hidden)
 
 
 def slices_of(spec: Spec) -> int:

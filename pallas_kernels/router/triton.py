@@ -3,7 +3,7 @@
 Two launches. ``logits_kernel`` splits gate by experts and by slices of the hidden size, so that every SM has a part of its few
 megabytes, all of it in flight at once. ``choose_kernel`` has a program a row, which adds the slices in a fixed order and chooses:
 score and index are one 64-bit number whose maximum is the next expert, so a tie goes to the lower index by itself.
-With a norm, few rows are one launch (``gluon_few``); more have ``norm_quant``'s before these two.
+With a norm, few rows are one launch (``gluon_one``, ``gluon_few``); more have ``norm_quant``'s before these two.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import triton.language as tl
 
 from pallas_kernels import norm_quant
 from pallas_kernels.lowering import triton_options
-from pallas_kernels.router import gluon_few
+from pallas_kernels.router import gluon_few, gluon_one
 from pallas_kernels.router.spec import Spec, slices_of
 
 _SMALLEST = tl.constexpr(-(2**63))
@@ -135,9 +135,11 @@ def run(
     delta: jax.Array | None = None,
     mailbox: jax.Array | None = None,
 ) -> tuple[jax.Array, ...]:
-    """(ids, weights); with a mailbox (total, normed, ids, weights, lists, mailbox)."""
+    """(ids, weights); with a mailbox (total, normed, ids, weights, lists, terms, mailbox)."""
     if mailbox is None:
         return _route(spec, x, gate, bias, layer)
+    if norm is not None and gluon_one.serves(spec):
+        return gluon_one.run(spec, x, gate, bias, layer, norm, delta, mailbox)
     if slices_of(spec):
         return gluon_few.run(spec, x, gate, bias, layer, norm, delta, mailbox)
     layer = jnp.asarray(layer, jnp.int32)
@@ -145,7 +147,7 @@ def run(
         total = normed = x if delta is None else x + delta
     else:
         total, normed = norm_quant.add_norm(x, delta, norm, layer, spec.eps)
-    return total, normed, *_route(spec, normed, gate, bias, layer), None, mailbox
+    return total, normed, *_route(spec, normed, gate, bias, layer), None, None, mailbox
 
 
 def _route(spec: Spec, x: jax.Array, gate: jax.Array, bias: jax.Array, layer: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import paged, registry
 from pallas_kernels.arch import Arch
+from pallas_kernels.layer_index import layer_index
 from pallas_kernels.registry import Backend, Module, Refusal, always, needs_sm80, needs_sm90
 from pallas_kernels.sparse_mla.plan import one_tile_each
 from pallas_kernels.sparse_mla.spec import Spec
@@ -44,7 +45,8 @@ def attend(
       slot (no writer of ``paged`` makes one) the Triton backend makes 480 times the scale, Gluon a NaN context. Gluon's
       scores of FP8 latents are sums of e4m3 products, which the tensor cores add up with about 14 bits, a group of 128 at a time.
       Gluon's kernel for few heads and rows is as Triton's here; it rounds weight times scale instead of latent times scale,
-      and takes queries below 2^27.
+      and takes queries below 2^27. Gluon's eight splits of 32 heads a program (8 rows of 64 heads) are rounded to q's dtype before
+      they are merged.
     Refuses: the GPU backends take bfloat16 queries, kv_lora_rank 512, rope 64; everything else is the reference's.
     In place: nothing. Graph-safe: yes; a fixed number of splits gives the same bits in every call. What is not selected is
       not read, NaN included.
@@ -70,7 +72,7 @@ def attend(
             f"cache {cache.shape} must have pages of {paged.PAGE} slots, slots {slots.dtype}{slots.shape} be int32 "
             f"[{spec.rows}, k]"
         )
-    args = (q, cache, jnp.asarray(layer, jnp.int32), slots)
+    args = (q, cache, layer_index(layer), slots)
     context, lse = registry.call("sparse_mla", BACKENDS, spec, args, forced=backend)
     return (context[:, None], lse[:, None]) if apart and context.ndim == 3 else (context, lse)
 
@@ -110,7 +112,7 @@ def _gluon_supports(spec: Spec, arch: Arch | None) -> Refusal | None:
 def _load_reference() -> Callable[..., Any]:
     from pallas_kernels.sparse_mla import reference
 
-    def run(spec: Spec, q: jax.Array, cache: jax.Array, layer: jax.Array, slots: jax.Array) -> Any:
+    def run(spec: Spec, q: jax.Array, cache: jax.Array, layer: int | jax.Array, slots: jax.Array) -> Any:
         return reference.attend(q, cache, layer, slots, spec.kv_lora_rank, spec.scale)
 
     return run

@@ -19,6 +19,8 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from pallas_kernels import jax_gluon
 from pallas_kernels.gluon_clusters import cluster_start, cluster_wait, own_memory
+from pallas_kernels.gluon_layer import layer_of
+from pallas_kernels.layer_index import layer_argument
 from pallas_kernels.lowering import default_arch, triton_options
 from pallas_kernels.sparse_mla.gluon_few_layouts import (
     FLAT,
@@ -218,7 +220,7 @@ def few_kernel(
     slots += row * K
     q += (row * HEADS + first_head) * 576
     at = split * N
-    start = gl.load(layer).to(gl.int64) * (CAPACITY * _ROW_WORDS)
+    start = layer_of(layer).to(gl.int64) * (CAPACITY * _ROW_WORDS)
     position = at + gl.arange(0, N, rows)
     slot = gl.load(slots + position, mask=position < K, other=-1)
     valid = (slot >= 0) & (slot < CAPACITY)
@@ -276,7 +278,9 @@ def few_kernel(
         gl.store(lse + head, log_sum * LSE_FACTOR, mask=head < heads_left)
 
 
-def run(spec: Spec, q: jax.Array, cache: jax.Array, layer: jax.Array, slots: jax.Array) -> tuple[jax.Array, jax.Array]:
+def run(
+    spec: Spec, q: jax.Array, cache: jax.Array, layer: int | jax.Array, slots: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """(context, lse), or of up to 8 rows, where the caller takes them, parts with natural logs of their sums."""
     plan = few_plan(spec, default_arch())
     cluster = few_cluster(spec)
@@ -284,7 +288,7 @@ def run(spec: Spec, q: jax.Array, cache: jax.Array, layer: jax.Array, slots: jax
     parts = splits // cluster
     merged = parts > 1 and not (spec.apart and spec.rows <= 8)
     part, part_lse = jax_triton.triton_call(
-        q, cache, layer.reshape(1), slots, kernel=few_kernel, out_type=outputs(spec, parts),
+        q, cache, layer_argument(layer), slots, kernel=few_kernel, out_type=outputs(spec, parts),
         grid=(splits, spec.rows, -(-spec.heads // plan.block_heads)), name="sparse_mla_split_few", num_warps=plan.warps,
         **triton_options(),
         HEADS=spec.heads, K=spec.k, CAPACITY=spec.capacity, SCALE_LOG2=spec.scale * LOG2E / LATENT_FACTOR,

@@ -7,6 +7,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
+from pallas_kernels.gluon_layer import layer_of
+
 # Of a latent row in the cache: 512 e4m3, 4 float32, 64 bfloat16.
 ROW_WORDS = gl.constexpr(164)
 WORDS = gl.constexpr(gl.NVMMASharedLayout(128, 32, 2))
@@ -54,7 +56,7 @@ def produce(
 ):  # fmt: skip
     """Copies tiles of 64 rows and their slots into the ring; what is not selected becomes zero and is not read."""
     slot = _slots(slots, at, end, CAPACITY)
-    start = gl.load(layer).to(gl.int64) * (CAPACITY * ROW_WORDS)
+    start = layer_of(layer).to(gl.int64) * (CAPACITY * ROW_WORDS)
     columns = gl.arange(0, 128, gl.SliceLayout(0, _LINES))
     rope_columns = 132 + gl.arange(0, 32, gl.SliceLayout(0, _ROPE_LINES))
     scale_columns = 128 + gl.arange(0, 4, gl.SliceLayout(0, _SCALE_LINES))

@@ -13,6 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 
+from pallas_kernels.gluon_layer import layer_of
 from pallas_kernels.sparse_mla.gluon_load import BYTES, FLAT, HALVES, query_half
 
 # 16 keys x 32 words (one group): pairs of registers are neighbouring keys, as the left operand wants them.
@@ -113,12 +114,28 @@ def _scores(keys, rope_keys, scale, query, query_rope, highs, lows, writable, tu
     x = gl.full([64, N], 0.0, gl.float32, _mma(N, 16))
     x = hopper.warpgroup_mma(rope_keys, query_rope.permute((1, 0)), x, use_acc=False, is_async=True)
     part = _start_group(keys, query, first, 0, N)
+    if N <= 32:
+        # All products in flight; of 64 heads one at a time: with two this warpgroup needs 160 registers.
+        part1 = _start_group(keys, query, first, 1, N)
+        part2 = _start_group(keys, query, first, 2, N)
+        part3 = _start_group(keys, query, first, 3, N)
+        hopper.mbarrier.wait(writable, turn)
+        _publish_scales(scale, highs, lows)
+        s0 = _row_scale(scale, 0, S)
+        s1 = _row_scale(scale, 1, S)
+        s2 = _row_scale(scale, 2, S)
+        s3 = _row_scale(scale, 3, S)
+        x, part, part1, part2, part3 = hopper.warpgroup_mma_wait(0, deps=[x, part, part1, part2, part3])
+        x = gl.convert_layout(x, S) + part * s0
+        x += part1 * s1
+        x += part2 * s2
+        x += part3 * s3
+        return x
     hopper.mbarrier.wait(writable, turn)
     _publish_scales(scale, highs, lows)
     x, part = hopper.warpgroup_mma_wait(0, deps=[x, part])
     x = gl.convert_layout(x, S) + part * _row_scale(scale, 0, S)
     for group in gl.static_range(1, 4):
-        # One product at a time: with two in flight this warpgroup needs 160 registers.
         part = _start_group(keys, query, first, group, N)
         factor = _row_scale(scale, group, S)
         part = hopper.warpgroup_mma_wait(0, deps=[part])
@@ -152,7 +169,7 @@ def score(
     bases.store(gl.full([N], 0.0, gl.float32, heads))
     sums = _partial_sum(gl.full([64, N], 0.0, gl.float32, S), N)
     SUMS: gl.constexpr = sums.type.layout
-    unknown = gl.load(layer)
+    unknown = layer_of(layer)
     started = False
     stage = 0
     phase = 0

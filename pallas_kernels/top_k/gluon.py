@@ -1,10 +1,11 @@
 """Selection of the k best positions in Gluon: radix search on 32-bit keys, portable from SM80 to SM120.
 
 A histogram of 11 bits of the keys, its prefix sums and the bin in which the k-th falls fix 11 bits of the k-th key.
-Short rows: one program a row does it all. Long rows, two launches: ``count_kernel`` writes the prefix sums of each slice's
-histogram of the top 11 bits; in ``select_kernel`` every slice finds the row's bin from them and appends what is not worse
-to a list in order of position, and the slice that finishes last selects among the list. Where too many scores share the bin
-for a list, the slices of a row fix the other 21 bits together, waiting for each other twice.
+Rows of up to 8192: one program a row does it all; short ones are ``gluon_row``'s, which counts otherwise. Long rows, two
+launches: ``count_kernel`` writes the prefix sums of each slice's histogram of the top 11 bits; in ``select_kernel`` every
+slice finds the row's bin from them and appends what is not worse to a list in order of position, and the slice that
+finishes last selects among the list. Where too many scores share the bin for a list, the slices of a row fix the other
+21 bits together, waiting for each other twice.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pallas_kernels import jax_gluon
 from pallas_kernels.lowering import default_arch, triton_options
 from pallas_kernels.top_k.gluon_bins import BINS, bin_of, clear, count, iota, key_of, limit_of, scan, shared_bins
 from pallas_kernels.top_k.gluon_outputs import pages_of, slot_of, take, take_all
+from pallas_kernels.top_k.gluon_row import short_row_kernel
 from pallas_kernels.top_k.gluon_slices import bin_of_row, count_slice, meet
 from pallas_kernels.top_k.plan import GROUPS, Plan, make_plan
 from pallas_kernels.top_k.spec import Spec
@@ -240,9 +242,12 @@ def run(
     outputs = (_int32(rows, spec.k), _int32(rows, spec.k) if spec.pages else _int32(1))
     pages = lengths if table is None else table
     if slices * plan.blocks == 1:
+        kernel, cut = row_kernel, {"BLOCK": plan.block}
+        if plan.short:
+            bins = max(BINS.value, 128 * plan.warps)
+            kernel, cut = short_row_kernel, {"EACH": plan.block // (32 * plan.warps), "BINS": bins}
         positions, slots = jax_triton.triton_call(
-            scores, lengths, pages, kernel=row_kernel, out_type=outputs, grid=(rows,), name="top_k_row", **options,
-            **sizes, BLOCK=plan.block,
+            scores, lengths, pages, kernel=kernel, out_type=outputs, grid=(rows,), name="top_k_row", **options, **sizes, **cut,
         )  # fmt: skip
         return positions if table is None else (positions, slots)
     cut = {"SLICES": slices, "BLOCKS": plan.blocks, "BLOCK": plan.block}

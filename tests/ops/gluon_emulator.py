@@ -39,6 +39,10 @@ class Value:
     def dtype(self) -> Any:
         return self.array.dtype
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
     def __neg__(self) -> Value:
         return Value(-self.array)
 
@@ -152,22 +156,43 @@ def _atomic_xchg(pointer: Pointer, value: Any, sem: str, scope: str, mask: Any =
 
 
 def _asm(text: str, constraints: str, args: list[Any], dtype: Any, is_pure: bool, pack: int) -> Value:
-    """What the PTX of ``top_k.gluon_bins``, ``top_k.gluon_slices`` and ``router.gluon_few`` does."""
+    """What the PTX of ``top_k.gluon_bins``, ``gluon_slices``, ``gluon_warps`` and of ``router.gluon_few`` does."""
+    if (found := _warp_asm(text, args, dtype)) is not None:
+        return found
     if text.startswith("mov.b32"):
         return args[0]
     if text.startswith("popc"):
         return Value(np.bitwise_count(raw(args[0]).view(np.uint32)).astype(np.int32))
+    if text.startswith("set.gt.f32"):
+        return Value((raw(args[0]) > raw(args[1])).astype(np.float32))
+    if "shfl.sync.bfly" in text:
+        assert ", 1, 31," in text, text
+        return Value(raw(args[0]).reshape(-1, 2)[:, ::-1].reshape(-1))
+    if text.startswith("bar.warp.sync"):
+        return args[0] if args else Value(np.int32(0))
     if "ld.relaxed" in text:
         return _wait_for_words(text, args, dtype, pack)
+    if "st.shared" in text and text.endswith("mov.b32 $0, 0; }"):
+        return _store_shared(args[0], args[1:-1], raw(args[-1]) != 0)
+    if text.startswith("st.shared"):
+        return _store_shared(args[0], args[1:], True)
+    if text.startswith("ld.shared") and isinstance(dtype, tuple):
+        index = (raw(args[0]).astype(np.int64) - _BASE) // 4
+        return tuple(Value(_local.shared[index + i].view(kind)) for i, kind in enumerate(dtype))
+    if "bytes behind" in text:
+        _local.shared = np.full(int(re.findall(r"bytes behind: (\d+)", text)[0]) // 4, 0xDEADBEEF, np.uint32)
+        return Value(np.int32(_BASE))
     if ".shared .align" in text:
-        _local.shared = np.full(2052, 0xDEADBEEF, np.uint32)
+        size = re.search(r"\.b(\d+) \w+\[(\d+)\]", text)
+        assert size
+        _local.shared = np.full(int(size[1]) * int(size[2]) // 32, 0xDEADBEEF, np.uint32)
         return Value(np.uint32(_BASE))
     if "trap" in text:
         assert raw(args[0]) >= (raw(args[1]) if len(args) > 1 else 1), "a program waited in vain"
         return Value(np.int32(0))
     index = (raw(args[0]).astype(np.int64) - _BASE) // 4
     if text.startswith("ld.shared"):
-        return Value(_local.shared[index])
+        return Value(_local.shared[index].view(dtype))
     if "red.shared" in text:
         np.add.at(_local.shared, index, 1)
     elif "st.shared.v2" in text:
@@ -178,6 +203,63 @@ def _asm(text: str, constraints: str, args: list[Any], dtype: Any, is_pure: bool
         assert "st.shared.u32 [$1], 0" in text, text
         _local.shared[index] = 0
     return Value(np.uint32(0))
+
+
+def _warp_asm(text: str, args: list[Any], dtype: Any) -> Any:
+    """PTX of ``top_k.gluon_warps`` that others have not; None where it is not that. Lanes of a warp are neighbours."""
+    given = [raw(arg) for arg in args]
+    lanes = lambda: given[0].reshape(-1, 32)  # noqa: E731
+    spread = lambda x: Value(np.repeat(x.astype(dtype), 32))  # noqa: E731
+    with np.errstate(all="ignore"):
+        if "max.f32 f, $1, 0fFF800000; add.f32" in text:
+            return Value(np.fmax(given[0], np.float32(-np.inf)) + np.float32(0))
+        if text.startswith(("max.f32", "min.f32")):
+            return Value((np.fmax if text.startswith("max") else np.fmin)(*given))
+        if "rcp.approx" in text:
+            bins = _float_of(text, "mul.f32 $0, f, ")
+            return Value(np.float32(1) / (given[0] - given[1]) * bins)
+        if "cvt.rzi.u32.f32" in text:
+            most = _float_of(text, "min.f32 f, f, ")
+            return Value(np.fmin((given[1] - given[0]) * given[2], most).astype(np.uint32))
+    if text.startswith("redux"):
+        function = {"add": np.sum, "min": np.min, "max": np.max}[text.split(".")[2]]
+        return spread(function(lanes(), axis=1))
+    if "shfl.sync.up" in text:
+        return Value(np.cumsum(lanes(), axis=1, dtype=dtype).reshape(-1))
+    if "vote.sync.ballot" in text:
+        votes = (lanes() != 0).astype(np.int32)
+        number = Value(np.repeat(votes.sum(1, dtype=np.int32), 32))
+        return (Value((votes.cumsum(1, dtype=np.int32) - votes).reshape(-1)), number) if "lanemask" in text else number
+    if text.startswith("bfind"):
+        return Value(np.frexp(given[0].astype(np.float64))[1].astype(np.int32) - 1)
+    if "atom.shared.add" in text:
+        base = (int(given[0]) - _BASE) // 4
+        words = re.findall(r"\+(\d+)\]", text)
+        for i in np.random.default_rng().permutation(np.flatnonzero(given[3])):
+            place = base + int(words[1]) // 4 + 2 * int(_local.shared[base + int(words[0]) // 4])
+            _local.shared[place : place + 2] = given[1][i], given[2][i]
+            _local.shared[base + int(words[0]) // 4] += 1
+        return Value(np.uint32(0))
+    if "{z, z, z, z}" in text:
+        index = np.atleast_1d((given[0].astype(np.int64) - _BASE) // 4)
+        _local.shared[(index[:, None] + np.arange(4)).ravel()] = 0
+        return Value(np.uint32(0))
+    return None
+
+
+def _float_of(text: str, before: str) -> np.float32:
+    (bits,) = re.findall(re.escape(before) + "0f([0-9A-F]{8})", text)
+    return np.uint32(int(bits, 16)).view(np.float32)
+
+
+def _store_shared(at: Value, words: list[Value], known: Any) -> Value:
+    """Neighbouring words of every thread, each to a place of its own."""
+    at_byte, live = np.broadcast_arrays(raw(at).astype(np.int64) - _BASE, known)
+    places = at_byte[live][:, None] // 4 + np.arange(len(words))
+    assert np.unique(places).size == places.size, "two threads write one word"
+    for i, word in enumerate(words):
+        _local.shared[places[:, i]] = np.broadcast_to(raw(word), live.shape)[live].view(np.uint32)
+    return Value(np.int32(0))
 
 
 def _wait_for_words(text: str, args: list[Any], dtype: Any, pack: int) -> Any:
@@ -255,6 +337,7 @@ def _language() -> types.ModuleType:
         split=lambda x: (x[..., 0], x[..., 1]), join=lambda a, b: Value(np.stack([a.array, b.array], -1)),
         convert_layout=lambda x, layout, assert_trivial=False: x, thread_barrier=lambda: None, BlockedLayout=layout,
         SliceLayout=layout, NVMMADistributedLayout=layout, DotOperandLayout=layout, bfloat16=jnp.bfloat16, float32=np.float32,
+        float8e4nv=jnp.float8_e4m3fn,
         zeros=lambda shape, dtype, layout=None: Value(np.zeros(shape, dtype)), zeros_like=lambda x: Value(np.zeros_like(x.array)),
         exp=_one(np.exp), rsqrt=_one(lambda x: 1 / np.sqrt(x)), min=_reduce(np.min), reshape=lambda x, shape: x.reshape(shape),
         static_range=range, atomic_xchg=_atomic_xchg, reduce=_add_up, num_warps=lambda: _local.warps,
@@ -308,13 +391,13 @@ def load(package: str, modules: tuple[str, ...]) -> dict[str, types.ModuleType]:
     gl = _language()
     names = {f"{package}.{module}" for module in modules}
     gluon = types.ModuleType("triton.experimental.gluon")
-    gluon.__dict__.update(jit=lambda f: f, language=gl)
+    gluon.__dict__.update(jit=lambda f: f, constexpr_function=lambda f: f, language=gl)
     triton = types.ModuleType("triton")
     triton.__dict__.update(next_power_of_2=lambda n: 1 << (n - 1).bit_length())
     call = types.ModuleType("jax_triton")
     call.__dict__.update(triton_call=_triton_call)
     fix = types.ModuleType("pallas_kernels.jax_gluon")
-    fix.__dict__.update(install=lambda: None)
+    fix.__dict__.update(install=lambda: None, BEHIND="0")
     fakes = {
         "triton": triton, "triton.experimental": types.ModuleType("triton.experimental"), gluon.__name__: gluon,
         gl.__name__: gl, "jax_triton": call, fix.__name__: fix,

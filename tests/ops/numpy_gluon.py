@@ -63,7 +63,7 @@ class Pointer:
 
     def __init__(self, buffer: np.ndarray, offset: Any = 0) -> None:
         self.buffer, self.offset = buffer, np.asarray(offset, np.int64)
-        self.dtype = types.SimpleNamespace(element_ty=buffer.dtype)
+        self.dtype = types.SimpleNamespace(element_ty=buffer.dtype, is_ptr=lambda: True)
 
     def __add__(self, other: Any) -> Pointer:
         return Pointer(self.buffer, self.offset + raw(other))
@@ -75,6 +75,18 @@ class Pointer:
 
     def to(self, dtype: Any) -> Pointer:
         return Pointer(self.buffer.view(dtype))
+
+
+class Number:
+    """An int32 argument of the launch."""
+
+    dtype = types.SimpleNamespace(is_ptr=lambda: False)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __rshift__(self, bits: int) -> Block:
+        return Block(np.asarray(self.value >> bits, np.int32))
 
 
 class Shared:

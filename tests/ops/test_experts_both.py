@@ -22,9 +22,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import arch, experts, lowering
 from pallas_kernels.blocks import BLOCK, BlockScaled
 from pallas_kernels.compare import compare
-from pallas_kernels.experts import mosaic_both_sm90, mosaic_flags_sm90, mosaic_sm90, reference
+from pallas_kernels.experts import (
+    mosaic_both_items_sm90,
+    mosaic_both_sm90,
+    mosaic_flags_sm90,
+    mosaic_sm90,
+    reference,
+)
 from pallas_kernels.experts.mosaic_both_plan import Both, both_of
 from pallas_kernels.experts.spec import CASES, Spec, inputs, mailbox_words
+from pallas_kernels.router.reference import split
 from tests.ops.test_experts_mosaic import sorted_pairs, with_holes
 
 H200 = arch.by_name("H200-141")
@@ -47,12 +54,35 @@ def _store_columns(values: jax.Array, ref: Any, slots: Any, columns: Any, first:
             ref.at[slots[c], pl.ds(first, 64)][...] = values[:, c]
 
 
+def _list_items(table: Any, here: Any, experts: int, rows: int, most: int) -> jax.Array:
+    def write(item: Any, values: tuple[Any, ...]) -> None:
+        for n, value in enumerate(values):
+            here[3 * item + n] = jnp.int32(value)
+
+    def end(i: int) -> Any:
+        return table[i // 32, i % 32]
+
+    write(0, (-1, 0, rows))
+    pairs = count = jnp.int32(0)
+    for e in range(experts):
+
+        def one(i: Any, _: None, e: int = e, pairs: Any = pairs, count: Any = count) -> None:
+            place = pairs + (i - count) * 8
+            write(i + 1, (e, place, jnp.minimum(end(e) - place, 8)))
+
+        jax.lax.fori_loop(count, jnp.minimum(end(experts + e), most - 1), one, None)
+        pairs, count = end(e), end(experts + e)
+    return count + 1
+
+
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels in the interpreter, with races recorded, a phase at a time; the plan from numpy."""
     monkeypatch.setattr(mosaic_flags_sm90, "rows_of", _rows_of)
     monkeypatch.setattr(mosaic_flags_sm90, "words_of", _words_of)
     monkeypatch.setattr(mosaic_flags_sm90, "store_columns", _store_columns)
+    monkeypatch.setattr(mosaic_both_items_sm90, "list_items", _list_items)
+    monkeypatch.setattr(mosaic_both_items_sm90, "meet", plgpu.commit_smem)
     monkeypatch.setattr(mosaic_sm90, "sorted_pairs", sorted_pairs)
     params, run, build = (
         plgpu.InterpretGPUParams(detect_races=True),
@@ -61,26 +91,44 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(mosaic_both_sm90, "build", lambda plan: build(plan, params))
 
-    def phases(plan: Both, places: Any, x: Any, stacks: Any, mailbox: Any) -> Any:
+    def phases(plan: Both, places: Any, x: Any, stacks: Any, mailbox: Any, **more: Any) -> Any:
         for phase in ("up", "down"):
-            parts, mailbox = run(dataclasses.replace(plan, phase=phase), places, x, stacks, mailbox)
+            parts, mailbox = run(dataclasses.replace(plan, phase=phase), places, x, stacks, mailbox, **more)
             assert not gpu_callbacks.get_races().races_found
         return parts, mailbox
 
     monkeypatch.setattr(mosaic_both_sm90, "run", phases)
 
 
-def both(spec: Spec, plan: Both | None, change: Any = lambda *args: args, epoch: int = 3) -> tuple[Any, Any, Any]:
-    """(kernel, reference) at the last layer as float32, and the mailbox. change: (x, ids, weights, *stacks) -> the same."""
+def ready(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x quantized, and NaN in the rows that it lacks."""
+    values, scales = split(x)
+    lacks = jnp.arange(8) >= x.shape[0]
+    return jnp.where(jnp.tile(lacks, 2)[:, None], jnp.nan, values), jnp.where(lacks, jnp.nan, scales)
+
+
+def both(
+    spec: Spec, plan: Both | None, change: Any = lambda *args: args, epoch: int = 3, early: bool = False
+) -> tuple[Any, Any, Any]:
+    """(kernel, reference) at the last layer as float32, and the mailbox. change: (x, ids, weights, *stacks) -> the same.
+
+    early: x is quantized, and the layer known, before the launch.
+    """
     assert plan is not None
     x, ids, weights, *stacks = change(*inputs(spec, jax.random.key(spec.rows))[:7])
     layer = jnp.asarray(spec.layers - 1, jnp.int32)
     box = jnp.zeros((mailbox_words(spec.rows, spec.k, spec.width, spec.shared_width),), jnp.int32)
     given: dict[str, Any] = {"layer": layer, "mailbox": box, "epoch": jnp.int32(epoch)}
+    if early:
+        given |= {"layer": spec.layers - 1, "quantized": ready(x)}
     got, box = mosaic_sm90.run(spec, x, ids, weights, *stacks, **given, plan=plan)
     want = reference.run(spec, x, ids, jnp.nan_to_num(weights), *stacks, layer=layer)
     got, want = (np.asarray(a.astype(jnp.float32)) for a in (got, want))
     return got, want, np.asarray(box)
+
+
+# One tile of gate_up for some warpgroups and none for others, x in three pieces.
+NARROW = dataclasses.replace(FIVE, hidden=384, width=128, shared_width=128)
 
 
 def _one_expert(x: Any, ids: Any, *rest: Any) -> tuple[Any, ...]:
@@ -89,16 +137,18 @@ def _one_expert(x: Any, ids: Any, *rest: Any) -> tuple[Any, ...]:
 
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(
-    "rows,arithmetic,changes,change",
+    "shape,rows,arithmetic,changes,change,early",
     [
-        (3, "w8a8", {"workers": 7, "stages": 2, "step": 1}, with_holes),
-        (8, "w8a16", {"workers": 1, "stages": 2}, _one_expert),
+        (FIVE, 3, "w8a8", {"workers": 7, "stages": 2, "step": 1}, with_holes, False),
+        (FIVE, 8, "w8a16", {"workers": 1, "stages": 2}, _one_expert, False),
+        (NARROW, 2, "w8a16", {"workers": 9, "stages": 2}, _one_expert, True),
+        (NARROW, 7, "w8a16", {"workers": 3, "stages": 3}, with_holes, True),
     ],
 )
-def test_results(rows: int, arithmetic: str, changes: dict[str, int], change: Any) -> None:
+def test_results(shape: Spec, rows: int, arithmetic: str, changes: dict[str, int], change: Any, early: bool) -> None:
     """Warpgroups with and without a tile in the last round; an expert with two items; epochs in the words of valid choices only."""
-    spec = dataclasses.replace(FIVE, rows=rows, arithmetic=arithmetic)
-    got, want, box = both(spec, both_of(spec, **changes), change)
+    spec = dataclasses.replace(shape, rows=rows, arithmetic=arithmetic)
+    got, want, box = both(spec, both_of(spec, **changes), change, early=early)
     difference = compare(got, want)
     assert difference.rel_l2 < 1e-3, difference
     placed = np.asarray(change(*inputs(spec, jax.random.key(rows))[:7])[1]).reshape(-1)
@@ -122,7 +172,7 @@ def test_neither_a_row_nor_an_expert_leaks() -> None:
 @pytest.mark.parametrize("groups", [2, 3])
 @pytest.mark.parametrize("case,rows", [("tp8_57", 8), ("tp8_57", 2), ("small", 8), ("small", 3)])
 def test_every_tile_is_somebodys(case: str, rows: int, groups: int) -> None:
-    """Each tile of down once, in lists that have room, and no warpgroup much behind the others."""
+    """Each tile of down once, one after the other, and those of gate_up in rounds."""
     plan = both_of(dataclasses.replace(CASES[case], rows=rows), groups=groups)
     assert plan is not None
     for items in range(1, plan.most_items + 1):
@@ -130,20 +180,26 @@ def test_every_tile_is_somebodys(case: str, rows: int, groups: int) -> None:
         ranges = [(first, first + count) for share in (0, 1) for first, count in (d[1 + share] for d in dealt)]
         assert ranges[0][0] == 0 and ranges[-1][1] == items * plan.down_tiles
         assert all(before[1] == after[0] for before, after in itertools.pairwise(ranges))
-        assert sum(d[0] for d in dealt) == items * plan.up_tiles and max(d[0] for d in dealt) <= plan.most_up
-        for low, high in ranges:
-            met = (high - 1) // plan.down_tiles - low // plan.down_tiles + 1 if high > low else 0
-            assert met <= plan.most_down_items
+        rounds = [d[0] for d in dealt]
+        assert sum(rounds) == items * plan.up_tiles and max(rounds) <= min(rounds) + 1
 
 
-@pytest.mark.parametrize("rows,groups,arithmetic", [(8, 2, "w8a16"), (2, 3, "w8a8")])
-def test_lowers_for_cuda(rows: int, groups: int, arithmetic: str) -> None:
+@pytest.mark.parametrize(
+    "rows,groups,arithmetic,early", [(8, 2, "w8a16", False), (8, 2, "w8a16", True), (2, 3, "w8a8", False)]
+)
+def test_lowers_for_cuda(rows: int, groups: int, arithmetic: str, early: bool) -> None:
     """One launch, the mailbox in place."""
     spec = dataclasses.replace(CASES["tp8_57"], rows=rows, layers=3, arithmetic=arithmetic)
     lists = (jnp.zeros((2, spec.experts), jnp.int32), jnp.zeros((spec.pairs,), jnp.int32))
     args = jax.eval_shape(lambda: inputs(spec, jax.random.key(0)))
     run: Any = functools.partial(mosaic_sm90.run, spec, plan=both_of(spec, groups=groups))
-    text = lowering.lower_for_cuda(lambda *a: run(*a[:9], lists, *a[10:]), *args, arch=H200)
+
+    def call(*a: Any) -> Any:
+        if early:
+            return run(*a[:7], 1, None, lists, *a[10:12], quantized=ready(a[0]))
+        return run(*a[:9], lists, *a[10:12])
+
+    text = lowering.lower_for_cuda(call, *args, arch=H200)
     assert text.count("custom_call @mosaic_gpu") == 1 and text.count("output_operand_alias<") == 1
 
 

@@ -14,6 +14,7 @@ from pallas_kernels.blocks import BlockScaled, take
 from pallas_kernels.compare import rel_l2
 from pallas_kernels.experts import mailbox_words, mix
 from pallas_kernels.experts.spec import CASES, Spec, inputs, tolerance
+from pallas_kernels.router.reference import split
 
 pytestmark = pytest.mark.gpu
 SMALL = dataclasses.replace(CASES["small"], layers=2)
@@ -100,6 +101,27 @@ def test_offsets_beyond_32_bits(rows: int, backend: str) -> None:
     whole = run((x, ids, weights, *stacks), 2, backend)
     alone = run((x, ids, weights, *(take(w, (slice(2, 3),)) for w in stacks)), 0, backend)  # type: ignore[arg-type]
     np.testing.assert_array_equal(whole, alone)
+
+
+@pytest.mark.parametrize("layer", range(3))
+@pytest.mark.parametrize(
+    "case,rows",
+    [("small", 1), ("tp8", 1), ("ep8_sliced_shared", 1), ("small", 2), ("small", 8), ("tp8", 2), ("tp8", 7)],
+)
+def test_a_static_layer(case: str, rows: int, layer: int) -> None:
+    """A layer known when traced is cut from the stacks, and x may come quantized: the bits of neither may be others."""
+    spec = dataclasses.replace(CASES[case], rows=rows, layers=3, experts=16, distinct=16)
+    x, ids, *rest = made(spec)
+    ids = ids.at[0, 0].set(-1)  # a choice that is no expert, before others
+    values, scales = jax.jit(split)(x)
+    # Rows that the batch has not may hold anything.
+    lacks = jnp.arange(8) >= rows
+    quantized = jnp.where(jnp.tile(lacks, 2)[:, None], jnp.nan, values), jnp.where(lacks, jnp.nan, scales)
+    want = run((x, ids, *rest), layer, "mosaic_sm90")
+    static = jax.jit(mix, static_argnames=("layer", "backend"))
+    for given in (None, quantized):
+        got = static(x, ids, *rest, layer=layer, quantized=given, backend="mosaic_sm90")
+        np.testing.assert_array_equal(np.asarray(got.astype(jnp.float32)), want)
 
 
 @pytest.mark.parametrize("rows", [2, 5, 8])

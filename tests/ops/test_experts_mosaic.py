@@ -43,7 +43,8 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
         (mosaic_sm90, "build_rows"),
     ):
         build = getattr(module, name)
-        monkeypatch.setattr(module, name, functools.partial(lambda build, plan: build(plan, params), build))
+        wrapped = functools.partial(build, interpret=params)
+        monkeypatch.setattr(module, name, wrapped)
     monkeypatch.setattr(mosaic_sm90, "sorted_pairs", sorted_pairs)
 
 
@@ -76,7 +77,6 @@ def with_holes(x: Any, ids: Any, weights: Any, *stacks: Any) -> tuple[Any, ...]:
             "w8a8",
             {
                 "workers": 5,
-                "parts": 4,
                 "groups_up": 3,
                 "groups_down": 2,
                 "stages_up": 2,
@@ -99,7 +99,7 @@ def test_tiles_of_down_that_span_two_rows_of_scales() -> None:
     """48 rows from row 96 on, as at the real size; whole units need 1024, so only down can see other hidden sizes here."""
     hidden = 384
     spec = Spec(1, 2, 4, hidden, 128, 128, 2)
-    plan = OneRow(2, 4, hidden, 128, 128, 2, 2, 48, 1, 1, 2, 1, 2)
+    plan = OneRow(2, 4, hidden, 128, 128, 2, 48, 1, 1, 2, 1, 2)
     _, ids, weights, _, down, _, shared, layer, *_ = inputs(spec, jax.random.key(3))
     h = jax.random.normal(jax.random.key(4), (plan.down_units * 8, 128), jnp.float32).astype(jnp.bfloat16)
     operands = [

@@ -10,8 +10,9 @@ import pytest
 
 from pallas_kernels import fp8_linear, registry
 from pallas_kernels.compare import compare
-from pallas_kernels.fp8_linear import reference
+from pallas_kernels.fp8_linear import mosaic_sm90, reference
 from pallas_kernels.fp8_linear.spec import CASES, Spec, inputs
+from pallas_kernels.layer_index import KnownLayer
 
 pytestmark = pytest.mark.gpu
 
@@ -187,6 +188,23 @@ def test_reads_a_layer_beyond_32_bit_offsets() -> None:
     x, weights, _, _ = inputs(spec, jax.random.key(0))
     assert weights[0].data.size > 2**32
     agrees(spec, x, weights, 44)
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("name", ["q_a_kv_a", "o_proj_tp8", "norm_q_b_tp8", "add_norm_q_a_kv_a", "shared_gate_up"])
+def test_a_known_layer_has_the_bits_of_a_traced_one(name: str, rows: int) -> None:
+    """Slices that start at 256 bytes, within them (kv_a's scales), and the last layer's, which are all of the stack."""
+    spec = dataclasses.replace(CASES[f"{name}_w8a16"], rows=rows, layers=3)
+    x, weights, _, _, *norm = inputs(spec, jax.random.key(4))
+
+    def run(index: Any) -> list[np.ndarray]:
+        given = (x, weights, (index,), None, *norm)
+        outs = jax.jit(lambda x, w, i, *rest: mosaic_sm90.run(spec, x, w, i, *rest))(*given)
+        return [np.asarray(out.astype(jnp.float32)) for out in outs]
+
+    for layer in range(3):
+        for known, traced in zip(run(KnownLayer(layer)), run(jnp.asarray(layer, jnp.int32)), strict=True):
+            np.testing.assert_array_equal(known, traced)
 
 
 @pytest.mark.parametrize("rows", [1, 8])

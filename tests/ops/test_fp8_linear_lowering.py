@@ -1,6 +1,7 @@
 """The Hopper kernel of fp8_linear without a GPU: its plans, its results in Pallas' interpreter, its lowering for CUDA."""
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import fp8_linear, lowering, registry
 from pallas_kernels.arch import by_name
 from pallas_kernels.compare import compare
-from pallas_kernels.fp8_linear import mosaic_sm90, plan, prefill_split, reference
+from pallas_kernels.fp8_linear import mosaic_once_sm90, mosaic_sm90, plan, prefill_split, reference
 from pallas_kernels.fp8_linear.spec import CASES, Spec, inputs
 from tests.ops import cluster_stores
 
@@ -62,8 +63,9 @@ WIDE = ("o_proj_w8a8", "q_a_kv_a_w8a16", "dense_gate_up_w8a16")
 def run_interpreted(spec: Spec, args: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> tuple[jax.Array, ...]:
     """The kernel in the interpreter, with its races recorded: any race fails."""
     cluster_stores.install(monkeypatch)
-    build, split = mosaic_sm90.build, prefill_split.build
+    build, once, split = mosaic_sm90.build, mosaic_once_sm90.build, prefill_split.build
     params = plgpu.InterpretGPUParams(detect_races=True)
+    monkeypatch.setattr(mosaic_once_sm90, "build", lambda plan, dtype: once(plan, dtype, params))
     monkeypatch.setattr(mosaic_sm90, "build", lambda plan, dtype: build(plan, dtype, params))
     monkeypatch.setattr(prefill_split, "build", lambda *sizes: split(*sizes, params))
     out = jax.block_until_ready(mosaic_sm90.run(spec, *args))
@@ -101,6 +103,43 @@ def test_interpreted_kernel_agrees_with_the_reference(name: str, monkeypatch: py
     for a, b in zip(got, want, strict=True):
         difference = compare(a, b)
         assert difference.rel_l2 < 2e-6, difference
+
+
+# The scales of a layer start a part of the stack, or within one where they are fewer than what is copied, or are all of a stack.
+KNOWN = {
+    "two weights": Spec(3, 512, (64, 192), "w8a8", layers=2),
+    "k of five blocks": Spec(2, 640, (192, 64), "w8a16", layers=2),
+    "norm": Spec(1, 3072, (64,), "w8a16", layers=2, norm="bfloat16", delta=True, eps=1e-5),
+    "swiglu": Spec(1, 1024, (64,), "w8a16", form="swiglu", layers=3),
+    "the last of six": Spec(1, 1024, (192,), "w8a16", layers=6),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_known_layer_has_the_bits_of_a_traced_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = KNOWN[name]
+    x, weights, _, _, *norm = inputs(spec, jax.random.key(len(name)))
+    found = []
+    for index in (spec.layers - 1, jnp.asarray(spec.layers - 1, jnp.int32)):
+        with monkeypatch.context() as patch:
+            found.append(run_interpreted(spec, (x, weights, (index,), None, *norm), patch))
+    for known, traced in zip(*found, strict=True):
+        np.testing.assert_array_equal(known.astype(jnp.float32), traced.astype(jnp.float32))
+
+
+def test_known_layers_share_a_kernel_without_an_index() -> None:
+    """kv_a's scales of a layer are 960 bytes: they start at four places of 256, and the last, at the stack's end, is all of it."""
+    spec = dataclasses.replace(CASES["q_a_kv_a_w8a16"], layers=8)
+    x, weights, _, _ = jax.eval_shape(lambda key: inputs(spec, key), jax.random.key(0))
+
+    def calls(x: Any, weights: Any, traced: Any) -> list[Any]:
+        return [mosaic_sm90.run(spec, x, weights, (i,)) for i in (0, 4, 7, traced)]
+
+    text = lowering.lower_for_cuda(calls, x, weights, jax.ShapeDtypeStruct((), jnp.int32), arch=H200)
+    # One for layers 0 and 4, one for layer 7, and one that has an index more.
+    operands = re.findall(r"custom_call @mosaic_gpu\w*\(([^)]*)\)", text)
+    assert [len(found.split(",")) for found in operands] == [6, 6, 7]
+    assert len(set(re.findall(r'kernel_hash = "((?:[^"\\]|\\.)*)"', text))) == 3
 
 
 def test_w8a16_keeps_small_elements_of_a_group(monkeypatch: pytest.MonkeyPatch) -> None:

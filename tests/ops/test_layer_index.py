@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import arch, lowering, norm_quant
-from pallas_kernels.layer_index import layer_index
+from pallas_kernels.layer_index import layer_index, layer_slice, scale_slice
 
 LAYERS, ROWS, WIDTH = 4, 3, 256
 
@@ -31,6 +31,33 @@ def test_an_int_stays_one_and_everything_else_is_an_int32_scalar() -> None:
     for given in (np.int64(3), jnp.int8(3)):
         found = layer_index(given)
         assert isinstance(found, jax.Array) and found.dtype == jnp.int32 and found.shape == () and int(found) == 3
+
+
+def test_a_layer_of_a_stack_keeps_its_axes() -> None:
+    stack = jnp.arange(6 * 4).reshape(6, 4)
+    np.testing.assert_array_equal(layer_slice(stack, 2), [[8, 9, 10, 11]])
+    np.testing.assert_array_equal(layer_slice(stack, 2, 2), stack[4:6])
+
+
+@pytest.mark.parametrize(
+    ("layers", "size", "least"), [(8, 240, 64), (78, 240, 0), (5, 64, 32), (4, 96, 128), (3, 1152, 64)]
+)
+def test_scales_of_a_layer_are_whole_256_bytes(layers: int, size: int, least: int) -> None:
+    """That is what XLA makes a pointer of and Mosaic accepts; few places, so few kernels."""
+    flat, places = jnp.arange(float(layers * size)), []
+    for layer in range(layers):
+        part, offset = scale_slice(flat, size, layer, least)
+        np.testing.assert_array_equal(part[offset : offset + size], flat[layer * size : (layer + 1) * size])
+        assert part.size >= least and (part.size == flat.size or (part.size % 64 == 0 and part[0] % 64 == 0))
+        places.append(offset)
+    assert len(set(places)) <= (1 if size % 64 == 0 else 5)
+
+
+@pytest.mark.parametrize(("layers", "size", "least"), [(2, 16, 64), (1, 256, 32), (9, 15, 32)])
+def test_scales_that_are_few_or_start_anywhere_stay_a_stack(layers: int, size: int, least: int) -> None:
+    flat = jnp.arange(float(layers * size))
+    part, offset = scale_slice(flat, size, layers - 1, least)
+    assert part.size == flat.size and offset == (layers - 1) * size
 
 
 @pytest.mark.needs_triton

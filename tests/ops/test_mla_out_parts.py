@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 
 from pallas_kernels import arch, lowering, mla_out, registry, sparse_mla
+from pallas_kernels.layer_index import layer_argument
 from pallas_kernels.mla_out.spec import CASES, inputs
 from pallas_kernels.sparse_mla import spec as attention
 from tests.ops import numpy_gluon
-from tests.ops.numpy_gluon import BF16, Block, Pointer, Programs, Shared, raw
+from tests.ops.numpy_gluon import BF16, Block, Number, Pointer, Programs, Shared, raw
 
 H200 = arch.by_name("H200-141")
 PARTS = {1: 6, 3: 5, 8: 32, 9: 2}
@@ -96,9 +97,11 @@ def _asm(now: list[Cluster], program: Programs) -> Callable[..., Block]:
             return Block(cluster.memory[program[0], raw(args[0]) // 2])
         assert "st.async" in text, text
         x, at, barrier = (raw(arg) for arg in args)
-        first = re.search(r"add.u32 t, t, (\d)", text)
-        assert first
-        for block in (int(first[1]), int(first[1]) + 4):
+        found = re.search(r"shr.u32 t, t, (\d);\n shl.b32 t, t, (\d);\n add.u32 t, t, (\d);", text)
+        assert found
+        lanes, blocks, first = (int(x) for x in found.groups())
+        assert (32 >> lanes) << blocks == 8  # groups of lanes times blocks that each sends to
+        for block in range(first, 8, 1 << blocks):
             cluster.memory[block, at // 2] = x
             with cluster.lock:
                 cluster.received[block] += 2 * x.size
@@ -141,51 +144,58 @@ def kernel(now: list[Cluster], program: Programs, patch: pytest.MonkeyPatch) -> 
     patch.setattr("pallas_kernels.jax_gluon", sys.modules["pallas_kernels.jax_gluon"], raising=False)
     patch.setattr(Shared, "reshape", lambda self, shape: Shared(self.a.reshape(shape)), raising=False)
     patch.setattr(Block, "type", types.SimpleNamespace(layout=None), raising=False)
-    name = "pallas_kernels.mla_out.gluon_parts"
-    patch.delitem(sys.modules, name, raising=False)
-    module = importlib.import_module(name)
-    del sys.modules[name]  # not by the patch, which would bring it back
+    names = ("pallas_kernels.gluon_layer", "pallas_kernels.mla_out.gluon_parts")
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        patch.setattr(importlib.import_module(parent), child, None, raising=False)
+        patch.delitem(sys.modules, name, raising=False)
+    module = importlib.import_module(names[-1])
+    for name in names:
+        del sys.modules[name]  # not by the patch, which would bring it back
     return module.up_project_parts_kernel
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("each", [4, 8])
 @pytest.mark.parametrize("rows", PARTS)
-def test_the_kernel_that_merges(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_that_merges(rows: int, each: int, monkeypatch: pytest.MonkeyPatch) -> None:
     count, heads = PARTS[rows], 2
     parts, lse = parts_of(rows, count, heads)
     w_uv = (0.04 * np.random.default_rng(0).standard_normal((2, heads, 256, 512))).astype(BF16)
     out = np.full((rows, heads * 256), np.nan, BF16)
     now, program, failures = [Cluster(0)], Programs(), list[BaseException]()
     run = kernel(now, program, monkeypatch)
-    memory = [Pointer(x.reshape(-1)) for x in (parts, lse, w_uv, np.ones(1, np.int32), out)]
-    slots = max(2, 1 << (count - 1).bit_length())
+    parts_lse_w = [Pointer(x.reshape(-1)) for x in (parts, lse, w_uv)]
+    layer = Pointer(np.ones(1, np.int32)) if rows < 8 else Number(layer_argument(1))
+    memory = [*parts_lse_w, layer, Pointer(out.reshape(-1))]
+    slots = max(16 // each, 1 << (count - 1).bit_length())
 
     def one(index: tuple[int, ...]) -> None:
         program.index = index
         try:
             with np.errstate(all="ignore"):
-                run(*memory, ROWS=rows, HEADS=heads, PARTS=count, S=slots)
+                run(*memory, ROWS=rows, HEADS=heads, PARTS=count, S=slots, EACH=each)
         except BaseException as error:
             failures.append(error)
             now[0].barrier.abort()
 
     for head in range(heads):
-        for group in range(-(-rows // 8)):
-            now[0] = Cluster(8 * 1040)
+        for group in range(-(-rows // each)):
+            now[0] = Cluster(each * 1040)
             threads = [threading.Thread(target=one, args=((i, head, group),)) for i in range(8)]
             for thread in threads:
                 thread.start()
             for thread in threads:
                 thread.join()
             assert not failures, failures[0]
-            assert (now[0].received == 8 * 1024).all()
+            assert (now[0].received == each * 1024).all()
     want = values(parts, lse, w_uv[1])
     assert np.linalg.norm(out.astype(np.float64) - want) < 3e-3 * np.linalg.norm(want)
     assert rows == 1 or not out[-1].any()
 
 
 @pytest.mark.needs_triton
-@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("rows", [1, 2, 8])
 @pytest.mark.parametrize("heads", [8, 16])
 def test_parts_compile_into_one_launch_with_w_uv(heads: int, rows: int) -> None:
     shape = jax.ShapeDtypeStruct

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import norm_quant
+from pallas_kernels.parts import Parts
 from tests.ops.numpy_ops import E4M3, assert_bf16, assert_close, layer_norm, normal, quantize, regroup, rms, wide
 
 rms_norm = jax.jit(norm_quant.rms_norm, static_argnums=2)
@@ -117,3 +118,36 @@ def test_add_norm_split_refuses() -> None:
     x, weight = jnp.zeros((2, 200), jnp.bfloat16), jnp.zeros((1, 200), jnp.bfloat16)
     with pytest.raises(ValueError, match="multiple of 128"):
         norm_quant.add_norm_split(x, x, weight, 0, 1e-5)
+
+
+def parts_of(rows: int, k: int, width: int) -> Parts:
+    """Of five experts; row 0 has chosen one that there is not, the last row nothing, and their parts are NaN."""
+    ids = (np.arange(rows * k) % 5).astype(np.int32).reshape(rows, k)
+    ids[0, 1], ids[rows - 1] = 5, -1
+    parts = normal(18, rows * k + rows, width)
+    parts[: rows * k][((ids < 0) | (ids >= 5)).reshape(-1)] = np.nan
+    return Parts(jnp.asarray(parts), jnp.asarray(ids), jnp.asarray(normal(19, rows, k)), 5)
+
+
+def test_parts_are_summed_in_order_of_the_choices() -> None:
+    given = parts_of(3, 4, 256)
+    parts, weights, ids = np.asarray(given.parts), np.asarray(given.weights), np.asarray(given.ids)
+    want = np.zeros((3, 256), np.float32)
+    for row in range(3):
+        for j in range(4):
+            if 0 <= ids[row, j] < 5:
+                want[row] += weights[row, j] * parts[4 * row + j]
+        want[row] += parts[12 + row]
+    np.testing.assert_array_equal(np.asarray(given.summed(jnp.float32)), want)
+    np.testing.assert_array_equal(wide(given.summed(jnp.bfloat16)), wide(jnp.asarray(want).astype(jnp.bfloat16)))
+
+
+def test_add_norm_of_parts_is_that_of_their_sum() -> None:
+    x, weight = jnp.asarray(normal(20, 3, 256)).astype(jnp.bfloat16), jnp.asarray(normal(21, 2, 256))
+    given = parts_of(3, 4, 256)
+    want = norm_quant.add_norm(x, given.summed(jnp.bfloat16), weight, 1, 1e-5)
+    total, normed = jax.jit(lambda x, delta, w: norm_quant.add_norm(x, delta, w, 1, 1e-5))(x, given, weight)
+    for got, sum_first in zip((total, normed), want, strict=True):
+        np.testing.assert_array_equal(wide(got), wide(sum_first))
+    with pytest.raises(ValueError, match=r"residual \(3, 256\)"):
+        norm_quant.add_norm(x[:2], given, weight, 1, 1e-5)

@@ -104,6 +104,38 @@ def test_sum_and_norm_before_the_router() -> None:
     assert lists is None and not np.asarray(left).any()
 
 
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_the_norm_in_two_terms(rows: int) -> None:
+    """scale * (high + low / 16) is the norm, to 2^-13 of its group; scales are powers of two, the largest over it 224 to 448."""
+    hidden = 384
+    x, gate = to_jnp(normal(5, rows, hidden), jnp.bfloat16), to_jnp(normal(6, 1, EXPERTS, hidden), jnp.bfloat16)
+    x = x.at[rows - 1, :128].set(0.0)  # a group of zeros has a scale too
+    mailbox = jnp.zeros(mailbox_words(rows, hidden, EXPERTS), jnp.int32)
+    given = (x, None, jnp.ones((1, hidden), jnp.bfloat16), gate, jnp.zeros((1, EXPERTS)), 0, mailbox)
+    *alone, left = add_norm_route(*given, eps=1e-5, k=K, scale=SCALE)
+    *with_terms, terms, _ = add_norm_route(*given, eps=1e-5, k=K, scale=SCALE, split=True)
+    for got, want in zip(with_terms[:4], alone[:4], strict=True):
+        np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
+    assert len(alone) == len(with_terms) == 5 and left.shape == mailbox.shape
+    values, scales = terms
+    assert (values.dtype, values.shape) == (jnp.float8_e4m3fn, (3, 16, 128))
+    assert (scales.dtype, scales.shape) == (jnp.float32, (3, 8))
+    high, low, scale = wide(values)[:, :rows], wide(values)[:, 8 : 8 + rows], wide(scales)[:, :rows, None]
+    groups = wide(alone[1]).reshape(rows, 3, 128).swapaxes(0, 1)
+    largest = np.abs(groups).max(-1, keepdims=True)
+    assert (np.abs(scale * (high + low / 16) - groups) <= largest * 2.0**-13).all()
+    assert (np.frexp(scale)[0] == 0.5).all()
+    some = largest > 0
+    assert (largest[some] / scale[some] > 224).all() and (largest[some] / scale[some] <= 448).all()
+
+
+def test_no_terms_where_there_is_no_norm_or_too_many_rows() -> None:
+    x, gate, bias = jnp.asarray(X), jnp.asarray(GATE), jnp.asarray(BIAS)
+    for norm in (None, jnp.ones((LAYERS, HIDDEN))):
+        *_, terms, _ = add_norm_route(x, None, norm, gate, bias, 1, MAILBOX, eps=0.0, k=K, scale=SCALE, split=True)
+        assert terms is None
+
+
 def test_without_a_sum_or_a_norm_it_is_the_router() -> None:
     x, gate, bias = jnp.asarray(X), jnp.asarray(GATE), jnp.asarray(BIAS)
     total, normed, *routed, _, _ = add_norm_route(x, None, None, gate, bias, 1, MAILBOX, eps=0.0, k=K, scale=SCALE)

@@ -33,11 +33,13 @@ def test_triton_compiles(gpu: str, rows: int) -> None:
 @pytest.mark.parametrize(("rows", "launches"), [(1, 1), (8, 1), (9, 3)])
 @pytest.mark.parametrize("gpu", GPUS)
 def test_launches_with_a_norm(gpu: str, rows: int, launches: int) -> None:
-    spec = dataclasses.replace(CASES["glm_norm"], rows=rows, layers=2, unit=8)
+    spec = dataclasses.replace(CASES["glm_norm"], rows=rows, layers=2, unit=8, split=True)
     args = jax.eval_shape(lambda: inputs(spec, jax.random.key(0)))
     backend = next(b for b in router.BACKENDS if b.name == "triton")
     text = lowering.lower_for_cuda(lambda *a: backend.load()(spec, *a), *args, arch=arch.by_name(gpu))
     assert text.count("triton_kernel_call") == launches
+    # No e4m3 on an A100.
+    assert ("f8E4M3FN" in text) == (rows <= 8 and gpu != "A100-80")
 
 
 def test_who_shares_a_launch() -> None:
@@ -51,6 +53,10 @@ def test_who_shares_a_launch() -> None:
         assert (slices_of(other), other.unit_here) == (0, 0), change
     for change in ({"rows": 1}, {"k": 9}, {"unit": 4}):
         assert dataclasses.replace(spec, **change).unit_here == 0  # type: ignore[arg-type]
+    terms = dataclasses.replace(spec, split=True)
+    assert terms.split_by(None) and terms.split_by(H200) and not terms.split_by(arch.by_name("A100-80"))
+    for change in ({"split": False}, {"norm": ""}, {"rows": 9}, {"gate_dtype": "float32"}):
+        assert not dataclasses.replace(terms, **change).split_by(H200), change  # type: ignore[arg-type]
     # 77 KB at eight rows: logits of eight slices, 1 / RMS for each of the 128 programs, choices of eight rows for eight.
     assert [mailbox_words(rows, 6144, 256) for rows in (1, 8, 9)] == [
         128 * (16 + 8) + 32,

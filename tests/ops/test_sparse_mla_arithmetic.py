@@ -152,6 +152,7 @@ def test_softmax_weights_of_rising_scores(rise: tuple[int, ...], rescalings: int
     slots[0] = -1
     queue = iter(scores)
     fakes = {"gl": LANGUAGE, "hopper": HOPPER, "_mma": nothing, "_scores": lambda *_: block(next(queue))}
+    fakes["layer_of"] = lambda layer: layer
     for name in ("_partial_sum", "_warps_above"):
         fakes[name] = types.FunctionType(getattr(module, name).fn.__code__, fakes)
     for name in ("FLAT", "BYTES", "HALVES", "_TOTALS", "_FLAGS"):

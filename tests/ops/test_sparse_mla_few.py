@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.layer_index import layer_argument
 from pallas_kernels.sparse_mla import reference
 from pallas_kernels.sparse_mla.spec import CASES, Spec, inputs
-from tests.ops.numpy_gluon import Block, Cluster, Pointer, Programs, copy, in_cluster, language, mma, raw
+from tests.ops.numpy_gluon import Block, Cluster, Number, Pointer, Programs, copy, in_cluster, language, mma, raw
 
 
 def kernel(now: list[Cluster], program: Programs, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
@@ -48,8 +49,11 @@ def kernel(now: list[Cluster], program: Programs, monkeypatch: pytest.MonkeyPatc
         module.__dict__.update(content)
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr("pallas_kernels.jax_gluon", sys.modules["pallas_kernels.jax_gluon"], raising=False)
-    names = [f"pallas_kernels.sparse_mla.gluon_few{last}" for last in ("_layouts", "_merge", "")]
+    names = ["pallas_kernels.gluon_layer"]
+    names += [f"pallas_kernels.sparse_mla.gluon_few{last}" for last in ("_layouts", "_merge", "")]
     for name in names:
+        parent, _, child = name.rpartition(".")
+        monkeypatch.setattr(importlib.import_module(parent), child, None, raising=False)
         monkeypatch.delitem(sys.modules, name, raising=False)
     module = importlib.import_module(names[-1])
     for name in names:
@@ -60,14 +64,19 @@ def kernel(now: list[Cluster], program: Programs, monkeypatch: pytest.MonkeyPatc
 def attend(
     spec: Spec, args: tuple[jax.Array, ...], keys: int, block: int, cluster: int, early: bool, patch: pytest.MonkeyPatch
 ) -> Any:
-    """Runs every program, ``block`` heads each, ``cluster`` at a time; merges the parts in float64. Returns (context, lse)."""
+    """Runs every program, ``block`` heads each, ``cluster`` at a time; merges the parts in float64. Returns (context, lse).
+
+    The layer is loaded where there is no cluster, else a number of the launch.
+    """
     q, cache, layer, slots = (np.array(x) for x in args)
+    where = Pointer(layer.reshape(1)) if cluster == 1 else Number(layer_argument(int(layer)))
     splits = -(-spec.k // (keys * cluster)) * cluster
     context = np.full((spec.rows, splits // cluster, spec.heads, 512), np.nan, np.float32)
     lse = np.full((spec.rows, splits // cluster, spec.heads), np.nan, np.float32)
     now, program, failures = [Cluster(1, 0)], Programs(), list[BaseException]()
     run = kernel(now, program, patch).few_kernel
-    memory = [Pointer(x.reshape(-1)) for x in (q, cache, layer.reshape(1), slots, context, lse)]
+    first, *others = (Pointer(x.reshape(-1)) for x in (q, cache, slots, context, lse))
+    memory = [first, others[0], where, *others[1:]]
 
     def one(index: tuple[int, ...]) -> None:
         program.index = index

@@ -16,7 +16,8 @@ from tests.ops import gluon_emulator
 
 @functools.cache
 def kernels() -> dict[str, Any]:
-    return gluon_emulator.load("pallas_kernels.top_k", ("gluon_bins", "gluon_outputs", "gluon_slices", "gluon"))
+    modules = ("gluon_bins", "gluon_outputs", "gluon_slices", "gluon_warps", "gluon_row", "gluon")
+    return gluon_emulator.load("pallas_kernels.top_k", modules)
 
 
 def expected(scores: np.ndarray, length: int, k: int) -> np.ndarray:
@@ -42,11 +43,29 @@ def hostile(n: int) -> np.ndarray:
     return np.stack([*(row.astype(np.float32) for row in rows), low_bits])
 
 
+def around(n: int, k: int) -> np.ndarray:
+    """Rows [6, n] for the bins of ``gluon_row``: their range spoilt by one score or infinite, 32 and 33 equals around the k-th."""
+    rng = np.random.default_rng(n + k)
+    rows = rng.normal(size=(6, n))
+    rows[0, n // 3], rows[1, n // 3] = 3e38, -3e38
+    rows[2, :: n // 4 + 1], rows[3, 5::7] = np.inf, -np.inf
+    for row, equal in ((4, 32), (5, 33)):
+        order = np.argsort(-rows[row])
+        rows[row, order[max(0, k - 15) : k - 15 + equal]] = rows[row, order[min(k, n - 1)]]
+    return rows.astype(np.float32)
+
+
 @pytest.mark.parametrize(
     "plan,n,k",
     [
         (Plan(1, 1, 1024, warps=4), 1000, 100),
         (Plan(1, 1, 512, warps=4), 512, 512),
+        (Plan(1, 1, 640, warps=4, short=True), 600, 70),  # five scores a thread
+        (Plan(1, 1, 512, warps=4, short=True), 512, 512),
+        (Plan(1, 1, 1152, warps=1, short=True), 1100, 300),
+        (Plan(1, 1, 4608, short=True), 4352, 2048),
+        (Plan(1, 1, 8192, short=True), 8192, 2048),
+        (Plan(1, 1, 4096, warps=32, short=True), 4000, 9),
         (Plan(5, 1, 256, listed=1024, warps=4), 1280, 100),  # lists that fit, in half or in all
         (Plan(3, 3, 256, listed=1024, warps=4), 2001, 300),  # blocks in a slice; lists of zeros overflow
         (Plan(5, 2, 256, listed=256, warps=4), 2500, 130),  # almost every list overflows
@@ -55,10 +74,10 @@ def hostile(n: int) -> np.ndarray:
     ids=str,
 )
 def test_against_a_sort(plan: Plan, n: int, k: int) -> None:
-    scores = hostile(n)
+    scores = np.concatenate([hostile(n), around(n, k)])
     rows, pages = len(scores), -(-n // 64) - 1  # the table ends before the row
     table = np.random.default_rng(k).permutation(rows // 2 * pages).astype(np.int32).reshape(rows // 2, pages)
-    table[1::2, 0] = [-1, -(2**31)]  # no page
+    table[1::2, 0] = np.resize([-1, -(2**31)], len(table[1::2]))  # no page
     spec = Spec(rows, n, k, width=2, pages=pages)
     for length in sorted({m for m in (0, k - 1, k, k + 1, (n + k) // 2, n) if m <= n}):
         stale = scores.copy()

@@ -45,11 +45,23 @@ def hostile(n: int) -> np.ndarray:
     return np.stack([*(row.astype(np.float32) for row in rows), low_bits, denormal.view(np.float32)])
 
 
+def around(n: int, k: int) -> np.ndarray:
+    """Rows [6, n] for the bins of ``gluon_row``: their range spoilt by one score or infinite, 32 and 33 equals around the k-th."""
+    rng = np.random.default_rng(n + k)
+    rows = rng.normal(size=(6, n))
+    rows[0, n // 3], rows[1, n // 3] = 3e38, -3e38
+    rows[2, :: n // 4 + 1], rows[3, 5::7] = np.inf, -np.inf
+    for row, equal in ((4, 32), (5, 33)):
+        order = np.argsort(-rows[row])
+        rows[row, order[max(0, k - 15) : k - 15 + equal]] = rows[row, order[min(k, n - 1)]]
+    return rows.astype(np.float32)
+
+
 def check(n: int, k: int, lengths: list[int], plan: Plan | None = None) -> None:
     """Every kind of row at every length, what lies behind it being the best of all; three calls, the last two replays."""
     from pallas_kernels.top_k import gluon
 
-    scores = hostile(n)
+    scores = np.concatenate([hostile(n), around(n, k)])
     rows = len(scores)
     pages = -(-n // 64)
     table = np.random.default_rng(k).permutation(rows * pages).astype(np.int32).reshape(rows, pages)
@@ -66,9 +78,18 @@ def check(n: int, k: int, lengths: list[int], plan: Plan | None = None) -> None:
             np.testing.assert_array_equal(np.asarray(slots), np.where(want >= 0, page * 64 + want % 64, -1))
 
 
-@pytest.mark.parametrize("n,k", [(8192, 2048), (4096, 100), (2049, 2048), (300, 1), (100, 130)])
+@pytest.mark.parametrize("n,k", [(8192, 2048), (4352, 2048), (4096, 100), (2049, 2048), (300, 1), (100, 130)])
 def test_one_launch(n: int, k: int) -> None:
     check(n, k, sorted({m for m in (0, 1, k - 1, k, k + 1, n - 1, n) if 0 <= m <= n}))
+
+
+@pytest.mark.parametrize(
+    "n,plan",
+    [(8192, Plan(1, 1, 8192, short=True)), (4000, Plan(1, 1, 4096, warps=8, short=True)), (4000, Plan(1, 1, 4096))],
+    ids=str,
+)
+def test_other_plans_of_one_launch(n: int, plan: Plan) -> None:
+    check(n, 2048, [2049, 2100, n], plan)
 
 
 @pytest.mark.parametrize("n,k", [(10_001, 2048), (65536, 2048), (65536, 3), (262_144, 2048)])
@@ -112,6 +133,7 @@ def test_a_table_that_ends_before_the_row() -> None:
 def test_the_default_plan_here() -> None:
     """The kernels under test are those that calls choose: one launch up to 8192 scores, two beyond."""
     here = lowering.default_arch()
+    assert make_plan(Spec(1, 4352, 2048), here).short and not make_plan(Spec(1, 8192, 2048), here).short
     assert make_plan(Spec(1, 8192, 2048), here).slices == 1
     assert make_plan(Spec(1, 65536, 2048), here).slices > 1
     text = jax.jit(lambda s, m: top_k(s, m, 2048)).lower(jnp.zeros((1, 65536)), jnp.zeros((1,), jnp.int32)).as_text()
