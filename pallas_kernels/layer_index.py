@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 _ALIGNED = 64  # float32 of 256 bytes
@@ -18,6 +20,16 @@ class KnownLayer(int):
 def layer_index(layer: int | jax.Array) -> int | jax.Array:
     """An int as it is, which kernels can take as a number of the launch; anything else as an int32 scalar."""
     return layer if isinstance(layer, int) else jnp.asarray(layer, jnp.int32)
+
+
+def cut_index(layer: int | jax.Array, stack: Any) -> int | jax.Array:
+    """``layer_index`` for kernels that may be given a part of ``stack``, an array or a pytree of some.
+
+    An int stays one only where the stack is traced: what is cut out of an array that is there, by a call outside of jit, is a copy.
+    """
+    if isinstance(jax.tree.leaves(stack)[0], jax.core.Tracer):
+        return layer_index(layer)
+    return jnp.asarray(int(layer) if isinstance(layer, int) else layer, jnp.int32)
 
 
 def layer_argument(layer: int | jax.Array) -> int | jax.Array:

@@ -12,7 +12,7 @@ from pallas_kernels.arch import Arch
 from pallas_kernels.blocks import BLOCK, BlockScaled, Weight
 from pallas_kernels.experts.mosaic_plan import UNIT, one_row, several_rows
 from pallas_kernels.experts.spec import Spec, joined, mailbox_words
-from pallas_kernels.layer_index import layer_index
+from pallas_kernels.layer_index import cut_index
 from pallas_kernels.lowering import default_arch
 from pallas_kernels.parts import Parts
 from pallas_kernels.registry import Backend, Module, Refusal, always, needs_sm80, needs_sm90
@@ -91,8 +91,8 @@ def mix(
         raise ValueError(f"mailbox of {mailbox.size} words must have {words}: {x.shape=}, {ids.shape=}, {width=}")
     if quantized is not None:
         _check_quantized(spec, *quantized)
-    # A layer that is known stays a number: a kernel may be given its part of the stacks.
-    where = (layer_index(layer), None, lists)
+    # A layer that is known stays a number in jit: a kernel may be given its part of the stacks.
+    where = (cut_index(layer, gate_up), None, lists)
     args = (x, ids, weights, *stacks, *where, mailbox, jnp.asarray(epoch, jnp.int32), quantized)
     return registry.call("experts", BACKENDS, spec, args, forced=backend)
 

@@ -14,6 +14,7 @@ from pallas_kernels.blocks import BLOCK, BlockScaled, Weight
 from pallas_kernels.fp8_linear.norm import add_norm
 from pallas_kernels.fp8_linear.plan import TILE, plan_for
 from pallas_kernels.fp8_linear.spec import Spec
+from pallas_kernels.layer_index import cut_index
 from pallas_kernels.lowering import default_arch
 from pallas_kernels.parts import Parts
 from pallas_kernels.registry import Backend, Module, Refusal, always, needs_sm90
@@ -68,7 +69,7 @@ def linears(
         _check(x, w, index, 2, arithmetic)
     out = x.dtype if dtype is None else dtype
     spec = _spec(x, weights, len(index), arithmetic, "linear", out)
-    return registry.call("fp8_linear", BACKENDS, spec, (x, tuple(weights), tuple(index)), forced=backend)
+    return registry.call("fp8_linear", BACKENDS, spec, (x, tuple(weights), _placed(index, weights)), forced=backend)
 
 
 def norm_linears(
@@ -110,7 +111,7 @@ def norm_linears(
     plain = _spec(x, weights, len(index), arithmetic, "linear", out)
     spec = dataclasses.replace(plain, norm=norm.dtype.name, delta=delta is not None, eps=float(eps))
     if not apart and (backend in _FUSING or (backend is None and _mosaic_supports(spec, default_arch()) is None)):
-        args = (x, tuple(weights), tuple(index), None, norm, delta)
+        args = (x, tuple(weights), _placed(index, weights), None, norm, delta)
         total, normed, *outs = registry.call("fp8_linear", BACKENDS, spec, args, forced=backend)
         return total, normed, tuple(outs)
     total, normed = add_norm(x, delta, norm, index, eps)
@@ -131,7 +132,12 @@ def swiglu(
     """
     _check(x, gate_up, index, 3, arithmetic)
     spec = _spec(x, (gate_up,), len(index), arithmetic, "swiglu", x.dtype)
-    return registry.call("fp8_linear", BACKENDS, spec, (x, (gate_up,), tuple(index)), forced=backend)[0]
+    return registry.call("fp8_linear", BACKENDS, spec, (x, (gate_up,), _placed(index, (gate_up,))), forced=backend)[0]
+
+
+def _placed(index: Index, weights: tuple[Weight, ...]) -> Index:
+    """The index as kernels take it, which may cut what is known out of the stacks."""
+    return tuple(cut_index(i, weights[0]) for i in index)
 
 
 def _spec(

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import arch, lowering, norm_quant
-from pallas_kernels.layer_index import layer_index, layer_slice, scale_slice
+from pallas_kernels import arch, experts, fp8_linear, lowering, norm_quant
+from pallas_kernels.blocks import BlockScaled
+from pallas_kernels.layer_index import KnownLayer, cut_index, layer_index, layer_slice, scale_slice
 
 LAYERS, ROWS, WIDTH = 4, 3, 256
 
@@ -31,6 +32,29 @@ def test_an_int_stays_one_and_everything_else_is_an_int32_scalar() -> None:
     for given in (np.int64(3), jnp.int8(3)):
         found = layer_index(given)
         assert isinstance(found, jax.Array) and found.dtype == jnp.int32 and found.shape == () and int(found) == 3
+
+
+def test_layers_are_cut_out_of_traced_stacks_only() -> None:
+    """Outside of jit a slice is a copy: a layer of all experts, for instance."""
+    stack = BlockScaled(jnp.zeros((3, 128, 128), jnp.float8_e4m3fn), jnp.zeros((3, 1, 1)))
+    found: list[int | jax.Array] = [cut_index(layer, stack) for layer in (2, KnownLayer(2))]
+    assert all(isinstance(at, jax.Array) and at.dtype == jnp.int32 and int(at) == 2 for at in found)
+    jax.jit(lambda stack: found.append(cut_index(2, stack)))(stack)
+    assert found[-1] == 2 and isinstance(found[-1], int)
+
+
+def test_operations_outside_of_jit_cut_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[int | jax.Array, ...]] = []
+    monkeypatch.setattr(fp8_linear.registry, "call", lambda name, backends, spec, args, forced=None: given.append(args))
+    shapes = ((2, 4, 2, 128, 128), (2, 4, 128, 128), (2, 2, 128, 128), (2, 128, 128))
+    a, b, c, d = (jnp.zeros(shape, jnp.bfloat16) for shape in shapes)
+    x, ids, weights = jnp.zeros((1, 128), jnp.bfloat16), jnp.zeros((1, 2), jnp.int32), jnp.zeros((1, 2))
+    fp8_linear.linears(x, (d,), (1,))
+    experts.mix(x, ids, weights, a, b, c, d, 1)
+    jax.jit(lambda w: fp8_linear.linears(x, (w,), (1,)))(d)
+    jax.jit(lambda a, b, c, d: experts.mix(x, ids, weights, a, b, c, d, 1))(a, b, c, d)
+    layers = [given[0][2][0], given[1][7], given[2][2][0], given[3][7]]  # type: ignore[index]
+    assert [isinstance(layer, int) for layer in layers] == [False, False, True, True]
 
 
 def test_a_layer_of_a_stack_keeps_its_axes() -> None:
