@@ -241,8 +241,10 @@ def test_generate_runs_it_on_gpus_and_never_emits_what_follows_a_stop(monkeypatc
     assert len(steps) == first + 2
     # As on several GPUs: four steps a call, the last of them for nothing; the prompt's pages have room for it.
     steps.clear()
+    asked, pages_of = set[int](), generate.pages_of
     monkeypatch.setattr(generate, "burst", lambda plan: 4)
-    assert drawn(()) == free and steps == [2] * 10
+    monkeypatch.setattr(generate, "pages_of", lambda longest: (asked.add(longest), pages_of(longest))[1])
+    assert drawn(()) == free and steps == [2] * 10 and asked == {len(prompt) + 40 + 3}
     assert drawn((stop,)) == [*free[:first], (0, stop, True)]
 
 

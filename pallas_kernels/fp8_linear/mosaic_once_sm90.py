@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.blocks import BLOCK, E4M3
+from pallas_kernels.fp8_linear.mosaic_launch_sm90 import launched
 from pallas_kernels.fp8_linear.mosaic_once_rows_sm90 import Rows
 from pallas_kernels.fp8_linear.once_plan import OncePlan
 from pallas_kernels.fp8_linear.plan import TILE
@@ -37,39 +37,7 @@ _HALF = plgpu.Layout.TILED(
 @functools.lru_cache(maxsize=256)
 def build(plan: OncePlan, out_dtype: str, interpret: Any = None) -> Callable[..., list[jax.Array]]:
     """The kernel of a plan: called, and returning, as that of ``mosaic_sm90.build``."""
-    scratch = _scratch(plan)
-    inputs = 1 + bool(plan.norm) + plan.delta
-
-    def fp8_linear(*refs: Any) -> None:
-        count = len(plan.ns)
-        layer: Any = 0
-        if plan.offsets is None:
-            layer, refs = refs[0][0], refs[1:]
-        rows, refs = refs[:inputs], refs[inputs:]
-        arrays, refs = refs[: 2 * count], refs[2 * count + 1 :]
-        outs, memory = refs[: plan.row_outputs + count], refs[plan.row_outputs + count :]
-        Once(plan, layer, rows, arrays, outs, dict(zip(scratch, memory, strict=True))).compute()
-
-    rows_type = jax.ShapeDtypeStruct((plan.rows, plan.blocks, BLOCK), jnp.bfloat16)
-    # Jitted: calls of several layers are traced once.
-    call = plgpu.kernel(
-        fp8_linear,
-        out_type=[rows_type] * plan.row_outputs
-        + [jax.ShapeDtypeStruct((plan.rows, n), jnp.dtype(out_dtype)) for n in plan.ns],
-        grid=(plan.tiles,),
-        grid_names=("tile",),
-        cluster=(plan.split,) if plan.split > 1 else (),
-        cluster_names=("part",) if plan.split > 1 else (),
-        num_threads=plan.warpgroups,
-        thread_name="wg",
-        scratch_types=tuple(scratch.values()),
-        # Every shared buffer here is ordered by hand, and every reduction stays within a warp.
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=mgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
-        ),
-        interpret=interpret,
-    )
-    return jax.jit(call)
+    return launched(plan, Once, _scratch(plan), out_dtype, interpret)
 
 
 def _scratch(plan: OncePlan) -> dict[str, Any]:

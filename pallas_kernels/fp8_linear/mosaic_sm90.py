@@ -18,11 +18,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.blocks import BLOCK, E4M3, BlockScaled
 from pallas_kernels.fp8_linear import mosaic_once_sm90, prefill_split
+from pallas_kernels.fp8_linear.mosaic_launch_sm90 import launched
 from pallas_kernels.fp8_linear.mosaic_tile_sm90 import Tile
 from pallas_kernels.fp8_linear.norm import add_norm, add_norm_split, flat_layer
 from pallas_kernels.fp8_linear.once_plan import OncePlan, once_plan_for
@@ -165,37 +165,4 @@ def build(plan: Plan, out_dtype: str, interpret: Any = None) -> Callable[..., li
         shape = (plan.split - 1, groups, mats, TILE, plan.width)
         scratch["sent"] = plgpu.SMEM(shape, jnp.float32, transforms=swizzled)
         scratch["arrived"] = plgpu.Barrier(num_arrivals=(plan.split - 1) * groups * mats)
-    inputs = 1 + plan.ready + bool(plan.norm) + plan.delta
-
-    def fp8_linear(*refs: Any) -> None:
-        count = len(plan.ns)
-        layer: Any = 0
-        if plan.offsets is None:
-            layer, refs = refs[0][0], refs[1:]
-        rows, refs = refs[:inputs], refs[inputs:]
-        arrays, refs = refs[: 2 * count], refs[2 * count + 1 :]
-        outs, memory = refs[: plan.row_outputs + count], refs[plan.row_outputs + count :]
-        Tile(plan, layer, rows, arrays, outs, dict(zip(scratch, memory, strict=True))).compute()
-
-    rows_type = jax.ShapeDtypeStruct((plan.rows, plan.blocks, BLOCK), jnp.bfloat16)
-    # Jitted: calls of several layers are traced once.
-    call = plgpu.kernel(
-        fp8_linear,
-        out_type=[rows_type] * plan.row_outputs
-        + [jax.ShapeDtypeStruct((plan.rows, n), jnp.dtype(out_dtype)) for n in plan.ns],
-        grid=(plan.tiles,),
-        grid_names=("tile",),
-        cluster=(plan.split,) if plan.split > 1 else (),
-        cluster_names=("part",) if plan.split > 1 else (),
-        num_threads=groups,
-        thread_name="wg",
-        scratch_types=tuple(scratch.values()),
-        # Every shared buffer here is ordered by hand; the automatic barriers cost a third of the time of a step.
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=mgpu.LoweringSemantics.Lane,
-            unsafe_no_auto_barriers=True,
-            reduction_scratch_bytes=0,  # every reduction here stays within a warp; 2 KB a warpgroup otherwise
-        ),
-        interpret=interpret,
-    )
-    return jax.jit(call)
+    return launched(plan, Tile, scratch, out_dtype, interpret)

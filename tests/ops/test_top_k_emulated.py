@@ -12,20 +12,13 @@ import pytest
 from pallas_kernels.top_k.plan import Plan
 from pallas_kernels.top_k.spec import Spec
 from tests.ops import gluon_emulator
+from tests.ops.top_k_rows import around, expected
 
 
 @functools.cache
 def kernels() -> dict[str, Any]:
     modules = ("gluon_bins", "gluon_outputs", "gluon_slices", "gluon_warps", "gluon_row", "gluon")
     return gluon_emulator.load("pallas_kernels.top_k", modules)
-
-
-def expected(scores: np.ndarray, length: int, k: int) -> np.ndarray:
-    chosen = np.arange(min(length, k))
-    if length > k:
-        value = np.where(np.isnan(scores[:length]), np.float32(-np.inf), scores[:length]).astype(np.float64)
-        chosen = np.sort(np.argsort(-value, kind="stable")[:k])
-    return np.pad(chosen, (0, k - len(chosen)), constant_values=-1)
 
 
 def hostile(n: int) -> np.ndarray:
@@ -41,18 +34,6 @@ def hostile(n: int) -> np.ndarray:
     ]
     low_bits = (0x42C80000 + rng.integers(0, 400, n)).astype(np.uint32).view(np.float32)
     return np.stack([*(row.astype(np.float32) for row in rows), low_bits])
-
-
-def around(n: int, k: int) -> np.ndarray:
-    """Rows [6, n] for the bins of ``gluon_row``: their range spoilt by one score or infinite, 32 and 33 equals around the k-th."""
-    rng = np.random.default_rng(n + k)
-    rows = rng.normal(size=(6, n))
-    rows[0, n // 3], rows[1, n // 3] = 3e38, -3e38
-    rows[2, :: n // 4 + 1], rows[3, 5::7] = np.inf, -np.inf
-    for row, equal in ((4, 32), (5, 33)):
-        order = np.argsort(-rows[row])
-        rows[row, order[max(0, k - 15) : k - 15 + equal]] = rows[row, order[min(k, n - 1)]]
-    return rows.astype(np.float32)
 
 
 @pytest.mark.parametrize(
