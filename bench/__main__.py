@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,8 @@ import jax
 from bench import ab, indexer, layer, prompt, readme, records, report, run, soak_command, start, step_command
 from bench.check import WrongResult, checked
 from bench.operations import ROWS, Operation, discover, packages, select
-from bench.prepare import Share, run_workers
 from bench.session import Session
+from bench.workers import SESSION, Share, leave_memory, run_workers
 from glm52_jax import compile_cache
 from pallas_kernels.arch import Arch
 from pallas_kernels.lowering import default_arch
@@ -26,8 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
     try:
-        if getattr(options, "jobs", 1) > 1 and not options.worker:
-            run_workers(arguments, options.jobs)  # before JAX starts here and takes the GPU's memory
+        options.arguments = arguments
         return options.command(options)
     except ValueError as error:
         print(f"bench: {error}", file=sys.stderr)
@@ -91,14 +92,21 @@ def _verify(operation: Operation, case: str, rows: int, forced: str | None, arch
 
 def run_command(options: argparse.Namespace) -> int:
     """Checks, times, records."""
+    if options.jobs > 1 and not options.worker:
+        leave_memory()
     operations, arch = discover(), run.require_gpu(default_arch(), "run")
     selections = [select(text, operations) for text in options.selections or operations]
     if options.worker:
-        run.compile_share(selections, _options(options), arch, Share.parse(options.worker))
-        return 0
-    session = Session(arch, options.results)
-    run.run(selections, _options(options), session)
-    return session.status()
+        session = Session(arch, options.results, _say, Path(os.environ[SESSION]))
+        run.run(selections, _options(options), session, Share.parse(options.worker))
+        return 1 if session.wrong else 0
+    session = Session(arch, options.results, _say)
+    if options.jobs == 1:
+        run.run(selections, _options(options), session)
+        return session.status()
+    with tempfile.TemporaryDirectory() as folder:
+        done = run_workers(options.arguments, options.jobs, session.offer(Path(folder) / "session.json"))
+    return session.status() or int(not done)
 
 
 def sweep_command(options: argparse.Namespace) -> int:
@@ -185,6 +193,11 @@ def report_command(options: argparse.Namespace) -> int:
     return 0
 
 
+def _say(text: str) -> None:
+    """At once, also into a file: what a run that is ended early has said stands beside its records."""
+    print(text, flush=True)
+
+
 def _one_case(text: str, operations: dict[str, Operation]) -> Any:
     selection = select(text, operations)
     if len(selection.cases) != 1:
@@ -261,7 +274,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--chain", type=int, default=run.CHAIN, help="calls in one jit (default %(default)s)")
         command.add_argument("--rounds", type=int, default=7, help="rounds whose median is taken (default %(default)s)")
     timed.add_argument("--targets", action="store_true", help="only what a target or a rival's figure stands beside")
-    timed.add_argument("--jobs", type=int, default=1, help="compile in so many processes first (default %(default)s)")
+    timed.add_argument(
+        "--jobs", type=int, default=1, help="that compile side by side and take turns on the GPU (default %(default)s)"
+    )
     timed.add_argument("--worker", help=argparse.SUPPRESS)
     for command in (timed, sweep, whole, search, reporting):
         command.add_argument("--results", type=Path, default=records.RESULTS, help="where records are kept")

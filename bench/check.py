@@ -36,7 +36,7 @@ def check(operation: Operation, spec: Any, backend: str, args: tuple[Any, ...]) 
     run, reference = operation.function(spec, backend), operation.function(spec, "reference")
     calls = {0: args}
     if operation.rotates:
-        last = max(1, getattr(spec, "layers", 2) - 1)
+        last = last_call(spec)
         calls[last] = operation.advance(spec, args, reference(*args), last)
     worst, detail = -1.0, "no outputs"
     for number, call in calls.items():
@@ -48,6 +48,11 @@ def check(operation: Operation, spec: Any, backend: str, args: tuple[Any, ...]) 
                 worst, detail = error, f"call {number} output{name} {difference}"
     tolerance = operation.tolerance(spec, backend)
     return Check(backend, 0.0 <= worst <= tolerance, worst, tolerance, detail)
+
+
+def last_call(spec: Any) -> int:
+    """The call of a chain that is checked beside the first: the one at the last layer."""
+    return max(1, getattr(spec, "layers", 2) - 1)
 
 
 def checked(operation: Operation, spec: Any, backend: str, args: tuple[Any, ...]) -> Check:

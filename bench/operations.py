@@ -27,11 +27,12 @@ _DEFAULT_TOLERANCE = 1e-2
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Operation:
-    """One operation: its ``spec`` module and its backends."""
+    """One operation: its ``spec`` module and its backends. memory: the jitted functions of one that ``remembers``."""
 
     name: str
     spec: Any
     backends: tuple[Backend, ...]
+    memory: dict[Any, Any] | None = None
 
     @property
     def cases(self) -> dict[str, Any]:
@@ -65,8 +66,24 @@ class Operation:
         """Whether a chain of calls reads three times the L2 before it comes back to the same bytes."""
         return self.rotates and getattr(spec, "layers", 1) * spec.bytes() >= 3 * arch.l2_bytes
 
+    def remembering(self) -> Operation:
+        """This operation with functions that stay, so that what is compiled ahead is found when it is called."""
+        return dataclasses.replace(self, memory={})
+
+    def remembered(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What ``make`` makes; the one made before for this key where the operation remembers."""
+        if self.memory is None:
+            return make()
+        if key not in self.memory:
+            self.memory[key] = make()
+        return self.memory[key]
+
+    def inputs_program(self, spec: Any) -> Any:
+        """The jitted function key -> arguments."""
+        return self.remembered(("inputs", spec), lambda: jax.jit(lambda key: tuple(self.spec.inputs(spec, key))))
+
     def inputs(self, spec: Any, key: jax.Array) -> tuple[Any, ...]:
-        return tuple(self.spec.inputs(spec, key))
+        return tuple(self.inputs_program(spec)(key))
 
     def advance(self, spec: Any, args: tuple[Any, ...], out: Any, i: int) -> tuple[Any, ...]:
         """The arguments of call i of a chain; those of the call before where the operation says nothing else."""
@@ -104,10 +121,10 @@ class Operation:
         """Names of the backends that do not refuse, fastest first."""
         return tuple(backend.name for backend in self.backends if backend.supports(spec, arch) is None)
 
-    def function(self, spec: Any, backend: str) -> Callable[..., Any]:
+    def function(self, spec: Any, backend: str) -> Any:
         """``f(*args)`` of that backend. One jitted function for all calls of a chain: it is traced once."""
         (chosen,) = (b for b in self.backends if b.name == backend)
-        return jax.jit(functools.partial(chosen.load(), spec))
+        return self.remembered((spec, backend), lambda: jax.jit(functools.partial(chosen.load(), spec)))
 
 
 def discover() -> dict[str, Operation]:

@@ -9,11 +9,12 @@ from typing import Any
 import jax
 
 from bench import timing
+from bench.ahead import compile_case
 from bench.check import Check, WrongResult, checked, differences, same_bits
 from bench.operations import Operation, Selection
-from bench.prepare import Share
 from bench.records import Ceilings, Record
 from bench.session import Session
+from bench.workers import ALL, Share
 from pallas_kernels.arch import Arch
 
 CHAIN = 100
@@ -107,26 +108,25 @@ def cases(selection: Selection, options: Options, arch: Arch) -> Iterator[tuple[
                 yield case, operation.sized(case, rows, arch)
 
 
-def checked_chains(
-    operation: Operation, case: str, spec: Any, options: Options, arch: Arch, forced: str | None = None
-) -> tuple[dict[str, Check], list[timing.Repeat]]:
-    """The checks of a spec's backends and what will be timed; raises WrongResult where a check is red."""
-    args = operation.inputs(spec, jax.random.key(0))
-    names = _names(operation, spec, options, arch, forced)
-    checks = {name: checked(operation, spec, name, args) for name in names}
-    for result in checks.values():
-        if not result.ok:
-            raise WrongResult(f"{operation.name}:{case} rows={spec.rows} {result}")
-    return checks, [timing.chain(operation, spec, name, args, _length(name, spec, options)) for name in names]
-
-
 def measure_case(
-    operation: Operation, case: str, spec: Any, options: Options, arch: Arch, forced: str | None = None
+    operation: Operation, case: str, spec: Any, options: Options, session: Session, forced: str | None = None
 ) -> list[Raw]:
-    """Checks and times the backends of one spec, interleaved; raises WrongResult before anything is timed."""
-    checks, chains = checked_chains(operation, case, spec, options, arch, forced)
-    names = list(checks)
-    timings = dict(zip(names, timing.measure(chains, options.rounds, options.round_seconds), strict=True))
+    """Checks and times the backends of one spec, interleaved; raises WrongResult before anything is timed.
+
+    What it needs is compiled first; from then on the GPU is this process's own, among those that share the session.
+    """
+    operation, arch = operation.remembering(), session.arch
+    names = _names(operation, spec, options, arch, forced)
+    lengths = {name: _length(name, spec, options) for name in names}
+    compile_case(operation, spec, lengths)
+    with session.turn():
+        args = operation.inputs(spec, jax.random.key(0))
+        checks = {name: checked(operation, spec, name, args) for name in names}
+        for result in checks.values():
+            if not result.ok:
+                raise WrongResult(f"{operation.name}:{case} rows={spec.rows} {result}")
+        chains = [timing.chain(operation, spec, name, args, lengths[name]) for name in names]
+        timings = dict(zip(names, timing.measure(chains, options.rounds, options.round_seconds), strict=True))
     reference = timings["reference"].microseconds if "reference" in timings else None
     return [
         Raw(
@@ -162,30 +162,18 @@ def _reason(operation: Operation, spec: Any, name: str, arch: Arch | None, force
     return choice.reason if choice.backend == name and forced is None else f"forced; the choice is {choice.backend}"
 
 
-def compile_share(selections: Sequence[Selection], options: Options, arch: Arch, share: Share) -> None:
-    """A worker's part of ``run``: checks and runs its share of the cases once, so that their programs are in the cache."""
-    numbered = enumerate((selection, *each) for selection in selections for each in cases(selection, options, arch))
-    for number, (selection, case, spec) in numbered:
-        if not share.takes(number):
-            continue
+def run(selections: Sequence[Selection], options: Options, session: Session, share: Share = ALL) -> None:
+    """Times and records everything selected, or a worker's share of it; what is wrong is noted and not reported."""
+    numbered = enumerate(
+        (selection, *each) for selection in selections for each in cases(selection, options, session.arch)
+    )
+    for selection, case, spec in (what for number, what in numbered if share.takes(number)):
         try:
-            _, chains = checked_chains(selection.operation, case, spec, options, arch, selection.backend)
-        except WrongResult:
-            continue  # the run meets it again, and reports it
-        for chain in chains:
-            chain.run(1)
-
-
-def run(selections: Sequence[Selection], options: Options, session: Session) -> None:
-    """Times and records everything selected; what is wrong is noted and not reported."""
-    for selection in selections:
-        for case, spec in cases(selection, options, session.arch):
-            try:
-                raws = measure_case(selection.operation, case, spec, options, session.arch, selection.backend)
-            except WrongResult as error:
-                session.refuse(str(error))
-                continue
-            keep(raws, session)
+            raws = measure_case(selection.operation, case, spec, options, session, selection.backend)
+        except WrongResult as error:
+            session.refuse(str(error))
+            continue
+        keep(raws, session)
 
 
 def keep(raws: Sequence[Raw], session: Session, remark: str = "") -> None:
@@ -246,7 +234,7 @@ def sweep(selection: Selection, field: str, values: Sequence[Any], options: Opti
                 session.refuse(f"{operation.name}:{name} rows={rows}: repeats differ in their bits")
                 continue
             try:
-                raws = measure_case(operation, name, spec, options, session.arch, selection.backend)
+                raws = measure_case(operation, name, spec, options, session, selection.backend)
             except WrongResult as error:
                 session.refuse(str(error))
                 continue

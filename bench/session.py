@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench import records, timing
 from bench.records import Ceilings, Record
+from bench.workers import turn
 from pallas_kernels.arch import Arch
 
 type Maker = Callable[[Ceilings, str], Record]
@@ -15,23 +19,43 @@ type Maker = Callable[[Ceilings, str], Record]
 class Session:
     """Where figures of one run go; what was kept stays if a later case fails or the time runs out."""
 
-    def __init__(self, arch: Arch, results: Path, say: Callable[[str], None] = print) -> None:
-        """Brings the clocks up and measures the ceilings: the matmul first, the copies after it let the GPU cool."""
+    def __init__(
+        self, arch: Arch, results: Path, say: Callable[[str], None] = print, offered: Path | None = None
+    ) -> None:
+        """Joins the session that was offered, or brings the clocks up and measures the ceilings of its own.
+
+        The matmul comes first, the copies after it let the GPU cool.
+        """
         self.arch, self.folder, self.say = arch, results / records.gpu_folder(arch), say
         self.wrong: list[str] = []
-        timing.raise_clocks()
-        matmul = timing.matmul_rate()
-        timing.raise_clocks()
-        self.ceilings = Ceilings(timing.copy_bandwidth(), matmul)
-        self.environment = records.environment(arch, self.ceilings)
+        self.shared = offered
+        if offered:
+            content = json.loads(offered.read_text())
+            self.ceilings, self.environment = Ceilings(**content["ceilings"]), content["environment"]
+        else:
+            timing.raise_clocks()
+            matmul = timing.matmul_rate()
+            timing.raise_clocks()
+            self.ceilings = Ceilings(timing.copy_bandwidth(), matmul)
+            self.environment = records.environment(arch, self.ceilings)
+            known = f" (known {arch.copy_bandwidth / 1e12:.2f})" if arch.copy_bandwidth else ""
+            say(f"copy {self.ceilings.copy / 1e12:.3f} TB/s{known}, bf16 matmul {matmul / 1e12:.0f} TFLOP/s")
         self.name = f"{self.environment['date']} {self.environment['sources']}"
-        known = f" (known {arch.copy_bandwidth / 1e12:.2f})" if arch.copy_bandwidth else ""
-        say(f"copy {self.ceilings.copy / 1e12:.3f} TB/s{known}, bf16 matmul {matmul / 1e12:.0f} TFLOP/s")
+
+    def offer(self, file: Path) -> Path:
+        """Writes what workers need to join this session."""
+        file.write_text(json.dumps({"ceilings": dataclasses.asdict(self.ceilings), "environment": self.environment}))
+        return file
+
+    def turn(self) -> contextlib.AbstractContextManager[None]:
+        """While it is entered, the GPU and the records are this process's own."""
+        return turn(self.shared) if self.shared else contextlib.nullcontext()
 
     def keep(self, makers: Sequence[Maker]) -> list[Record]:
         """Makes, writes and returns the records of some timings."""
         made = [make(self.ceilings, self.name) for make in makers]
-        records.save(self.folder, made, self.environment)
+        with self.turn():
+            records.save(self.folder, made, self.environment)
         return made
 
     def refuse(self, text: str) -> None:

@@ -95,13 +95,29 @@ def chain_step(
     operation: Operation, spec: Any, backend: str, args: tuple[Any, ...], length: int
 ) -> tuple[Any, tuple[Any, jax.Array], dict[int, Any]]:
     """(step, carry, fixed): ``step(*carry, fixed)`` makes ``length`` calls and returns the next carry; carry is donated."""
-    function = operation.function(spec, backend)
+    state, token, fixed = chain_arguments(operation, args)
+    carry = tuple(jax.tree.map(jnp.copy, leaf) for leaf in state), jnp.zeros(token.shape, token.dtype)
+    return chain_program(operation, spec, backend, length), carry, fixed
+
+
+def chain_arguments(operation: Operation, args: tuple[Any, ...]) -> tuple[Any, jax.ShapeDtypeStruct, dict[int, Any]]:
+    """What ``chain_program`` takes, made of an operation's arguments or of their shapes: state, token and the rest."""
     fixed = {i: leaf for i, leaf in enumerate(args) if i not in operation.state}
-    kept = {(leaf.shape, leaf.dtype) for i in operation.state for leaf in jax.tree.leaves(args[i])}
+    return tuple(args[i] for i in operation.state), jax.ShapeDtypeStruct((), jnp.float32), fixed
+
+
+def chain_program(operation: Operation, spec: Any, backend: str, length: int) -> Any:
+    """The jitted step of a chain of ``length`` calls; one and the same where the operation remembers its functions."""
+    return operation.remembered(("chain", spec, backend, length), lambda: _chain(operation, spec, backend, length))
+
+
+def _chain(operation: Operation, spec: Any, backend: str, length: int) -> Any:
+    function = operation.function(spec, backend)
 
     def step(state: tuple[Any, ...], token: jax.Array, fixed: dict[int, Any]) -> tuple[tuple[Any, ...], jax.Array]:
         given = {**fixed, **dict(zip(operation.state, state, strict=True))}
-        current = tuple(given[i] for i in range(len(args)))
+        current = tuple(given[i] for i in range(len(given)))
+        kept = {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state)}
         seen = []
         for i in range(length):
             out = function(*current)
@@ -113,9 +129,7 @@ def chain_step(
         token = sum(seen, start=token)
         return tuple(current[i] for i in operation.state), token
 
-    jitted = jax.jit(step, donate_argnums=(0, 1))
-    state = tuple(jax.tree.map(jnp.copy, args[i]) for i in operation.state)
-    return jitted, (state, jnp.zeros((), jnp.float32)), fixed
+    return jax.jit(step, donate_argnums=(0, 1))
 
 
 def _link(
@@ -155,7 +169,8 @@ def matmul_rate(rounds: int = 5, n: int = 8192) -> float:
     """FLOP/s of a square bf16 matmul on random data: the ceiling of what is compute-bound. Measure it last: it heats."""
     keys = jax.random.split(jax.random.key(0), 2)
     a, b = (jax.random.normal(key, (n, n), jnp.bfloat16) * n**-0.5 for key in keys)
-    multiply = jax.jit(jnp.matmul, donate_argnums=0)
+    # Whatever XLA_FLAGS say: without autotuning this matmul was 65 times slower, and it is the ceiling of others.
+    multiply = jax.jit(jnp.matmul, donate_argnums=0, compiler_options={"xla_gpu_autotune_level": 4})
     # Short rounds, the fastest of them: a ceiling is what the GPU reaches before it heats up and throttles.
     (timing,) = measure([Repeat(lambda x: multiply(x, b), a, 1)], rounds, round_seconds=0.02)
     return 2 * n**3 / min(timing.rounds) * 1e6
