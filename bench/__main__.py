@@ -17,7 +17,7 @@ from bench import ab, indexer, layer, prompt, readme, records, report, run, soak
 from bench.check import WrongResult, checked
 from bench.operations import ROWS, Operation, discover, packages, select
 from bench.session import Session
-from bench.workers import SESSION, Share, leave_memory, run_workers
+from bench.workers import SESSION, Share, leave_cores, leave_memory, run_workers
 from glm52_jax import compile_cache
 from pallas_kernels.arch import Arch
 from pallas_kernels.lowering import default_arch
@@ -94,6 +94,8 @@ def run_command(options: argparse.Namespace) -> int:
     """Checks, times, records."""
     if options.jobs > 1 and not options.worker:
         leave_memory()
+    if options.worker:
+        leave_cores()
     operations, arch = discover(), run.require_gpu(default_arch(), "run")
     selections = [select(text, operations) for text in options.selections or operations]
     if options.worker:

@@ -168,6 +168,12 @@ def run(selections: Sequence[Selection], options: Options, session: Session, sha
         (selection, *each) for selection in selections for each in cases(selection, options, session.arch)
     )
     for selection, case, spec in (what for number, what in numbered if share.takes(number)):
+        choice = selection.operation.choose(spec, session.arch, selection.backend)
+        if choice.backend == "reference" and options.backends == "chosen" and not selection.backend:
+            session.say(
+                f"{selection.operation.name}:{case} rows={spec.rows}: only the reference serves ({choice.reason})"
+            )
+            continue
         try:
             raws = measure_case(selection.operation, case, spec, options, session, selection.backend)
         except WrongResult as error:

@@ -42,6 +42,17 @@ class Share:
 ALL = Share(0, 1)
 
 
+# Cores of this worker's turns: what launches a chain's graphs must not wait for what compiles.
+_quiet: set[int] = set()
+
+
+def leave_cores(count: int = 2) -> None:
+    """Keeps this worker off the first cores, but for its turns: every worker's are on them. Before its first thread only."""
+    if hasattr(os, "sched_getaffinity") and len(cores := sorted(os.sched_getaffinity(0))) >= 2 * count:
+        _quiet.update(cores[:count])
+        os.sched_setaffinity(0, cores[count:])
+
+
 def leave_memory() -> None:
     """Keeps JAX from taking most of the GPU's memory in this process. Before its first use of the GPU only."""
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
@@ -86,4 +97,12 @@ def turn(session: Path) -> Iterator[None]:
     """The GPU is this process's own, among those that share the session; the lock goes with the process, however that ends."""
     with session.open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        if not _quiet:
+            yield
+            return
+        compiling = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, _quiet)
+        try:
+            yield
+        finally:
+            os.sched_setaffinity(0, compiling)

@@ -77,6 +77,15 @@ def test_run_records(quick: None, tmp_path: Path) -> None:
     assert len([text for text in said if text.startswith("toy:square rows=")]) == 4
 
 
+def test_a_case_without_a_kernel_is_named_and_not_timed(quick: None, tmp_path: Path) -> None:
+    made, (here, said) = operation(backend("triton", product, "needs more rows")), session(tmp_path)
+    run.run([toy_selection(made)], FAST, here)
+    assert here.status() == 0 and not (tmp_path / "h200").exists()
+    assert said[1] == "toy:square rows=1: only the reference serves (triton refused: needs more rows)"
+    run.run([toy_selection(made, "toy:square@reference")], FAST, here)
+    assert {record.backend for record in kept(tmp_path)} == {"reference"}
+
+
 def test_run_reports_nothing_on_a_red_check(quick: None, tmp_path: Path) -> None:
     made = operation(backend("triton", nan), advance=advance)
     here, said = session(tmp_path)

@@ -2,9 +2,11 @@
 
 import json
 import multiprocessing
+import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -12,7 +14,7 @@ import pytest
 from bench import ahead, check, run, timing
 from bench.operations import select
 from bench.session import Session
-from bench.workers import SESSION, Share, run_workers, turn
+from bench.workers import SESSION, Share, leave_cores, run_workers, turn
 from glm52_jax.compile_cache import Compiling
 from tests.toy_operation import FAST, H200, Spec, advance, backend, operation, product
 
@@ -71,6 +73,29 @@ def test_turns_do_not_overlap(tmp_path: Path) -> None:
         assert process.exitcode == 0
     text = log.read_text()
     assert len(text) == 80 and set(text[i : i + 2] for i in range(0, 80, 2)) <= {"aa", "bb"}
+
+
+def _cores(session: Path, found: Any) -> None:
+    seen = [os.sched_getaffinity(0)]
+    leave_cores(1)
+    for _ in range(2):
+        seen.append(os.sched_getaffinity(0))
+        with turn(session):
+            seen.append(os.sched_getaffinity(0))
+    found.put(seen)
+
+
+def test_turns_have_cores_of_their_own(tmp_path: Path) -> None:
+    """A chain's graphs are launched where nothing compiles; with few cores nothing is kept apart."""
+    (tmp_path / "session").touch()
+    start = multiprocessing.get_context("spawn")
+    found = start.Queue()
+    process = start.Process(target=_cores, args=(tmp_path / "session", found))
+    process.start()
+    every, *seen = found.get(timeout=60)
+    process.join(60)
+    first = {min(every)}
+    assert seen == ([every - first, first] * 2 if len(every) > 1 else [every] * 4)
 
 
 def test_a_session_is_joined_as_it_was_offered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
