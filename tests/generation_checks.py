@@ -21,9 +21,10 @@ class Agreement:
 
     errors: of each step's logits, relative L2. worst: of each step, the largest difference of a logit, in standard deviations of
     the reference's logits. margins: where the reference would have drawn another token, by how much it prefers that, in the same
-    unit.
+    unit. text: what was drawn.
     """
 
+    text: list[int]
     errors: np.ndarray
     worst: np.ndarray
     margins: np.ndarray
@@ -40,15 +41,25 @@ class Agreement:
 def agreement(model: glm52_jax.Model, exact: glm52_jax.Model, prompt: list[int], steps: int) -> Agreement:
     """Generates greedily with ``model`` and compares its logits and choices with those of ``exact``, teacher-forced."""
     drawn = [token.id for token in model.generate(prompt, steps, GREEDY, ())]
-    got = forced_logits(model, prompt, drawn)
-    want = np.asarray(exact.score([*prompt, *drawn]))[len(prompt) : -1]
+    return compared(forced_logits(model, prompt, drawn), exact, prompt, drawn)
+
+
+def compared(got: np.ndarray, exact: glm52_jax.Model, prompt: list[int], drawn: list[int]) -> Agreement:
+    """Logits [len(drawn) - 1, vocab] of all drawn tokens but the first, and what was drawn, with those of ``exact``."""
+    want = scored(exact, prompt, drawn)
     chosen, unit = np.array(drawn[1:]), want.std(axis=-1)
     preferred = want.max(axis=-1) - np.take_along_axis(want, chosen[:, None], axis=-1)[:, 0]
     return Agreement(
+        text=drawn,
         errors=np.linalg.norm(got - want, axis=-1) / np.linalg.norm(want, axis=-1),
         worst=np.abs(got - want).max(axis=-1) / unit,
         margins=(preferred / unit)[want.argmax(axis=-1) != chosen],
     )
+
+
+def scored(model: glm52_jax.Model, prompt: list[int], drawn: list[int]) -> np.ndarray:
+    """The logits that ``compared`` takes, of one pass over the text."""
+    return np.asarray(model.score([*prompt, *drawn]))[len(prompt) : -1]
 
 
 def forced_logits(model: glm52_jax.Model, prompt: list[int], text: list[int]) -> np.ndarray:

@@ -15,7 +15,9 @@ from glm52_jax.decode import NOTHING, DecodeState
 from glm52_jax.program import DecodeProgram
 from glm52_jax.tiny import KERNEL_TINY, hash_bits, tiny_config, write_checkpoint
 from pallas_kernels import paged
-from tests.generation_checks import GREEDY, agreement
+from pallas_kernels.lowering import target
+from pallas_kernels.registry import recorded
+from tests.generation_checks import GREEDY, agreement, compared, scored
 
 pytestmark = pytest.mark.gpu
 
@@ -39,17 +41,26 @@ def ids(count: int, vocab: int, name: str = "generate/ids") -> list[int]:
     return [int(x) % vocab for x in hash_bits(name, count) >> 11]
 
 
-# What the references gave on the CPU over the same 256 tokens: median 0.128 (FP8 latents) and 0.027 (bfloat16), a logit off by at
-# most 0.99 and 0.61 deviations, other tokens preferred by up to 0.67 and 0.35. The model amplifies rounding: an expert flips.
-@pytest.mark.parametrize("cache,median,worst", [("fp8", 0.16, 1.5), ("bfloat16", 0.05, 1.2)])
-def test_256_tokens_agree_with_float32(directory: Path, cache: str, median: float, worst: float) -> None:
+# Greedy texts of this model amplify rounding: an expert flips, and one token of 255 may be off by 2 deviations. So the kernels are
+# compared with the references of the same dtypes on the same text. Measured (H200, bfloat16 latents): median 0.029, 99 % of the
+# tokens within 0.71 deviations, one at 2.10; references 0.027, 0.69 and, at the same token, 2.19. Three more texts: 0.83 to 1.07
+# times the references' worst. FP8 latents, references on the CPU: medians 0.11 to 0.15.
+@pytest.mark.parametrize("cache,median", [("fp8", 0.16), ("bfloat16", 0.05)])
+def test_256_tokens_agree_with_float32(directory: Path, cache: str, median: float) -> None:
     exact, model = (
         glm52_jax.load(directory, dtype=dtype, cache=latents)
         for dtype, latents in (("float32", "auto"), ("bfloat16", cache))
     )
-    found = agreement(model, exact, ids(40, model.config.vocab_size), 256)
-    print(f"cache {cache}: {found}")
-    assert len(found.errors) == 255 and np.median(found.errors) < median and found.worst.max() < worst
+    prompt = ids(40, model.config.vocab_size)
+    found = agreement(model, exact, prompt, 256)
+    with target(None), recorded() as served:
+        rounded = compared(scored(model, prompt, found.text), exact, prompt, found.text)
+    assert {choice.backend for choice in served} == {"reference"}
+    print(f"cache {cache}: {found}; references of the same dtypes: {rounded}")
+    assert len(found.errors) == 255 and np.median(found.errors) < median
+    assert np.median(found.errors) < 1.3 * np.median(rounded.errors)
+    for share in (0.9, 0.99, 1.0):
+        assert np.quantile(found.worst, share) < 1.5 * np.quantile(rounded.worst, share), f"at {share}"
     assert found.margins.max(initial=0.0) <= found.worst.max()
 
 
