@@ -36,7 +36,10 @@ REMARKS = {
     "proxy (TMA) or what is ordered by mbarriers between specialized warps: such kernels may show hazards that are none, and "
     "it would miss hazards of the copies themselves. Where a Triton backend calls fp8_linear's Mosaic kernel, that kernel is left "
     "out (its mbarrier waits take minutes under the tool); fp8_linear's own cases show it. experts (mosaic_sm90, one row): every "
-    "thread of a warpgroup writes the same list of experts and reads what it wrote; the tool sees another warp's equal write.",
+    "thread of a warpgroup writes the same list of experts and reads what it wrote; the tool sees another warp's equal write. "
+    "Warnings are hazards inside one warp. fp8_linear (norms of one row): a zero that lanes of one warp store and load, in "
+    "step. norm_quant (gluon): thread 0 initializes a barrier and arrives at it; the initialization is a "
+    "uniform instruction (SYNCS.EXCH), which the tool counts for every lane.",
 }
 # Kernels that a tool leaves out of what a backend runs.
 _EXCLUDED = {"memcheck": "fusion", "racecheck": "mosaic_gpu"}
