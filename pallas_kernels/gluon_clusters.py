@@ -12,7 +12,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from pallas_kernels.jax_gluon import BEHIND
+from pallas_kernels.gluon_shared import own_shared
 
 _WAIT = gl.constexpr("{ barrier.cluster.wait.acquire.aligned; mov.u32 $0, 0; }")
 # Bounded: a block that waits in vain traps.
@@ -30,11 +30,6 @@ again:
 done:
  mov.u32 $0, 0;
 }""")
-
-
-@gluon.constexpr_function
-def _declare(SIZE):
-    return f"{{ // bytes behind: {SIZE}\n mov.u32 $0, global_smem; add.u32 $0, $0, {BEHIND}; }}"
 
 
 @gluon.constexpr_function
@@ -61,7 +56,7 @@ def _arrive(BLOCKS):
 def own_memory(SIZE: gl.constexpr, SENT: gl.constexpr):
     """Address of SIZE bytes of shared memory, the same in all blocks; behind them the barrier that awaits SENT bytes."""
     gl.static_assert(SIZE % 8 == 0)
-    base = gl.inline_asm_elementwise(_declare(SIZE + 8), "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    base = own_shared(SIZE + 8)
     gl.inline_asm_elementwise(_prepare(SENT), "=r,r", [base + SIZE], dtype=gl.uint32, is_pure=False, pack=1)
     return base
 

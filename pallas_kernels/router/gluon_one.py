@@ -13,12 +13,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from pallas_kernels import jax_gluon
+from pallas_kernels.gluon_shared import own_shared, warp_barrier
 from pallas_kernels.layer_index import layer_argument
 from pallas_kernels.lowering import default_arch, triton_options
 from pallas_kernels.router.gluon_few import AT_ONCE, EACH, multiply
 from pallas_kernels.router.gluon_norm import load_row, norm_row, sum_row
 from pallas_kernels.router.gluon_rank import SHARED, choose_eight, key_of
-from pallas_kernels.router.gluon_shared import own_shared, warp_barrier
 from pallas_kernels.router.gluon_words import KEEP, operands, wait_for_sums
 from pallas_kernels.router.spec import MOST_ROWS, TILE, WARPS, Spec, slices_of
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from pallas_kernels.router.gluon_shared import (
-    get_four,
+from pallas_kernels.gluon_shared import (
+    get_four_numbers,
     get_number,
     get_number_and_word,
     put_if,
@@ -77,7 +77,7 @@ def choose_eight(keys, scores, thread, base, K: gl.constexpr):
     near = own + ((thread & 15) >> 1) * 16
     fours = ()
     for d in gl.static_range(8):
-        fours = fours + (get_four(near + d * 16),)  # noqa: RUF005 (Triton knows no unpacking)
+        fours = fours + (get_four_numbers(near + d * 16),)  # noqa: RUF005 (Triton knows no unpacking)
     a = _above_in_own(fours[0], keys[0], thread & 1, 0)
     b = _above_in_own(fours[0], keys[1], thread & 1, 1)
     for d in gl.static_range(1, 8):
@@ -97,7 +97,7 @@ def choose_eight(keys, scores, thread, base, K: gl.constexpr):
     near = base + _FIRST + (candidate >> 3) * 32 + half * 128
     fours = ()
     for d in gl.static_range(8):
-        fours = fours + (get_four(near + 32 + d * 16),)  # noqa: RUF005
+        fours = fours + (get_four_numbers(near + 32 + d * 16),)  # noqa: RUF005
     above = gl.zeros_like(mine)
     for d in gl.static_range(6):
         above += _above(fours[d], mine)
@@ -110,6 +110,6 @@ def choose_eight(keys, scores, thread, base, K: gl.constexpr):
     chosen = base + _CHOSEN
     put_if(chosen + place * 4, gl.where(place < K, score, 0.0), found)
     gl.thread_barrier()
-    s, t = get_four(chosen + thread * 0), get_four(chosen + 16 + thread * 0)
+    s, t = get_four_numbers(chosen + thread * 0), get_four_numbers(chosen + 16 + thread * 0)
     total = ((s[0] + s[1]) + (s[2] + s[3])) + ((t[0] + t[1]) + (t[2] + t[3]))
     return gl.where(found, place, 8), expert, score, total

@@ -11,6 +11,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from pallas_kernels.gluon_shared import get_two_words, get_word, put_if, put_two_if
 from pallas_kernels.paged import PAGE
 from pallas_kernels.top_k.gluon_outputs import slot_of, take_all
 from pallas_kernels.top_k.gluon_warps import (
@@ -31,15 +32,11 @@ from pallas_kernels.top_k.gluon_warps import (
     number_of,
     place,
     range_of,
-    read,
-    read2,
     smaller,
     turned,
     warp_count,
     warp_sum,
     words,
-    write,
-    write2,
 )  # fmt: skip
 
 _PAGE = gl.constexpr(PAGE)
@@ -65,21 +62,21 @@ def _take_listed(
         better += (digits[j] < digit).to(gl.int32)
         append(bins, numbers[j].to(gl.uint32, bitcast=True), first + 32 * j, digits[j] == digit)
     earlier = before_warp(bins + BETTER, warp_sum(better), lane, warp)
-    mine, position = read2(bins + LISTED + 8 * lane.to(gl.uint32))
+    mine, position = get_two_words(bins + LISTED + 8 * lane.to(gl.uint32))
     key = turned(mine)
     known = lane < inside
     for i in gl.static_range(32 // gl.num_warps()):
         index = warp + i * gl.num_warps()
-        other, other_position = read2(bins + LISTED + 8 * index.to(gl.uint32))
+        other, other_position = get_two_words(bins + LISTED + 8 * index.to(gl.uint32))
         other_key = turned(other)
         ahead = known & ((key < other_key) | ((key == other_key) & (position < other_position)))
         rank = warp_count(ahead)
-        write2(
+        put_two_if(
             bins + TOLD + 0 * lane.to(gl.uint32), other, other_position,
             (lane == 0) & (index < inside) & (rank == want - 1),
         )  # fmt: skip
     gl.thread_barrier()
-    limit, last = read(bins + TOLD), read(bins + TOLD + 4)
+    limit, last = get_word(bins + TOLD), get_word(bins + TOLD + 4)
     limit_key = turned(limit)
     chosen = known & ((key < limit_key) | ((key == limit_key) & (position <= last)))
     to = out + earlier + warp_count(chosen & (position.to(gl.int32) < warp * SPAN))
@@ -162,7 +159,7 @@ def short_row_kernel(
             page += (at,)
     bins = words(BINS)
     clear(bins, thread, BINS)
-    write(bins + COUNTER + 0 * thread.to(gl.uint32), 0 * thread, thread == 0)
+    put_if(bins + COUNTER + 0 * thread.to(gl.uint32), 0 * thread, thread == 0)
     if length <= K:
         take_all(length, row, positions, slots, table, K, K_PADDED, PAGES, WIDTH)
     else:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from pallas_kernels.gluon_shared import get_four_counts, get_two_words, get_word, put_if, put_two_if
+
 # Bytes: what one thread tells all; a counter, and a word that counts what is not looked for; then 32 values a list, or 32
 # pairs; the histogram.
 TOLD = gl.constexpr(0)
@@ -28,12 +30,7 @@ def _declare(BINS):
 
 _CLEAR = gl.constexpr("{ .reg .u32 z; mov.u32 z, 0; st.shared.v4.u32 [$1], {z, z, z, z}; mov.u32 $0, 0; }")
 _INCREMENT = gl.constexpr("{ red.shared.add.u32 [$1], 1; mov.u32 $0, 0; }")
-_READ = gl.constexpr("ld.shared.u32 $0, [$1];")
-_READ2 = gl.constexpr("ld.shared.v2.u32 {$0, $1}, [$2];")
-_READ4 = gl.constexpr("ld.shared.v4.u32 {$0, $1, $2, $3}, [$4];")
-_WRITE = gl.constexpr("{ .reg .pred p; setp.ne.u32 p, $3, 0; @p st.shared.u32 [$1], $2; mov.b32 $0, 0; }")
-_WRITE2 = gl.constexpr("{ .reg .pred p; setp.ne.u32 p, $4, 0; @p st.shared.v2.u32 [$1], {$2, $3}; mov.b32 $0, 0; }")
-_WRITE4 = gl.constexpr(
+_PUT_THREE_IF = gl.constexpr(
     "{ .reg .pred p; setp.ne.u32 p, $5, 0; @p st.shared.v4.u32 [$1], {$2, $3, $4, $4}; mov.b32 $0, 0; }"
 )
 # 16 and 544: the counter and the list.
@@ -101,37 +98,9 @@ def increment(at):
 
 
 @gluon.jit
-def read(at):
-    return gl.inline_asm_elementwise(_READ, "=r,r", [at], dtype=gl.uint32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def read2(at):
-    return gl.inline_asm_elementwise(_READ2, "=r,=r,r", [at], dtype=(gl.uint32, gl.uint32), is_pure=False, pack=1)
-
-
-@gluon.jit
-def read4(at):
-    kinds: gl.constexpr = (gl.int32, gl.int32, gl.int32, gl.int32)
-    return gl.inline_asm_elementwise(_READ4, "=r,=r,=r,=r,r", [at], dtype=kinds, is_pure=False, pack=1)
-
-
-@gluon.jit
-def write(at, a, where):
-    gl.inline_asm_elementwise(_WRITE, "=r,r,r,r", [at, a, where.to(gl.int32)], dtype=gl.uint32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def write2(at, a, b, where):
+def put_three_if(at, a, b, c, where):
     gl.inline_asm_elementwise(
-        _WRITE2, "=r,r,r,r,r", [at, a, b, where.to(gl.int32)], dtype=gl.uint32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def write3(at, a, b, c, where):
-    gl.inline_asm_elementwise(
-        _WRITE4, "=r,r,r,r,r,r", [at, a, b, c, where.to(gl.int32)], dtype=gl.uint32, is_pure=False, pack=1
+        _PUT_THREE_IF, "=r,r,r,r,r,r", [at, a, b, c, where.to(gl.int32)], dtype=gl.uint32, is_pure=False, pack=1
     )
 
 
@@ -170,9 +139,9 @@ def warp_count(where):
 @gluon.jit
 def before_warp(at, total, lane, warp):
     """The totals of the warps before; at: where the warps' totals go."""
-    write(at + 4 * warp.to(gl.uint32), total, lane == 0)
+    put_if(at + 4 * warp.to(gl.uint32), total, lane == 0)
     gl.thread_barrier()
-    return warp_sum(gl.where(lane < warp, read(at + 4 * lane.to(gl.uint32)).to(gl.int32), 0))
+    return warp_sum(gl.where(lane < warp, get_word(at + 4 * lane.to(gl.uint32)).to(gl.int32), 0))
 
 
 @gluon.jit
@@ -204,9 +173,9 @@ def range_of(at, most, least, lane, warp, BINS: gl.constexpr):
     """(largest of the program's numbers, bins a unit)."""
     best = gl.inline_asm_elementwise(_LEAST, "=r,r", [turned(most)], dtype=gl.uint32, is_pure=False, pack=1)
     worst = gl.inline_asm_elementwise(_MOST, "=r,r", [turned(least)], dtype=gl.uint32, is_pure=False, pack=1)
-    write2(at + RANGES + 8 * warp.to(gl.uint32), best, worst, lane == 0)
+    put_two_if(at + RANGES + 8 * warp.to(gl.uint32), best, worst, lane == 0)
     gl.thread_barrier()
-    best, worst = read2(at + RANGES + 8 * (lane % gl.num_warps()).to(gl.uint32))
+    best, worst = get_two_words(at + RANGES + 8 * (lane % gl.num_warps()).to(gl.uint32))
     best = gl.inline_asm_elementwise(_LEAST, "=r,r", [best], dtype=gl.uint32, is_pure=False, pack=1)
     worst = gl.inline_asm_elementwise(_MOST, "=r,r", [worst], dtype=gl.uint32, is_pure=False, pack=1)
     most, least = turned(best).to(gl.float32, bitcast=True), turned(worst).to(gl.float32, bitcast=True)
@@ -235,19 +204,19 @@ def found_bin(at, want, thread, lane, warp, BINS: gl.constexpr):
     inside = ()
     total = 0 * thread
     for i in gl.static_range(EACH):
-        four = read4(at + COUNTS + 16 * (thread * EACH + i).to(gl.uint32))
+        four = get_four_counts(at + COUNTS + 16 * (thread * EACH + i).to(gl.uint32))
         inside += (four[0], four[1], four[2], four[3])
         total += four[0] + four[1] + four[2] + four[3]
     to = warp_scan(total)
     # The last lane's is the warp's.
-    write(at + TOTALS + 4 * warp.to(gl.uint32), to, lane == 31)
+    put_if(at + TOTALS + 4 * warp.to(gl.uint32), to, lane == 31)
     gl.thread_barrier()
-    earlier = gl.where(lane < warp, read(at + TOTALS + 4 * lane.to(gl.uint32)).to(gl.int32), 0)
+    earlier = gl.where(lane < warp, get_word(at + TOTALS + 4 * lane.to(gl.uint32)).to(gl.int32), 0)
     before = warp_sum(earlier) + to - total
     for i in gl.static_range(4 * EACH):
         found = (before < want) & (before + inside[i] >= want)
-        write3(at + TOLD + 0 * thread.to(gl.uint32), thread * (4 * EACH) + i, want - before, inside[i], found)
+        put_three_if(at + TOLD + 0 * thread.to(gl.uint32), thread * (4 * EACH) + i, want - before, inside[i], found)
         before += inside[i]
     gl.thread_barrier()
     told = at + TOLD
-    return read(told), read(told + 4).to(gl.int32), read(told + 8).to(gl.int32)
+    return get_word(told), get_word(told + 4).to(gl.int32), get_word(told + 8).to(gl.int32)

@@ -156,7 +156,7 @@ def _atomic_xchg(pointer: Pointer, value: Any, sem: str, scope: str, mask: Any =
 
 
 def _asm(text: str, constraints: str, args: list[Any], dtype: Any, is_pure: bool, pack: int) -> Value:
-    """What the PTX of ``top_k.gluon_bins``, ``gluon_slices``, ``gluon_warps`` and of ``router.gluon_few`` does."""
+    """What the PTX of ``gluon_shared``, of ``top_k`` and of ``router.gluon_few`` does."""
     if (found := _warp_asm(text, args, dtype)) is not None:
         return found
     if text.startswith("mov.b32"):
@@ -386,10 +386,14 @@ def _triton_call(
     return tuple(jnp.asarray(o.reshape(t.shape)) for o, t in zip(outputs, out_type, strict=True))
 
 
+# Every kernel's, imported by those of a package.
+_SHARED = "pallas_kernels.gluon_shared"
+
+
 def load(package: str, modules: tuple[str, ...]) -> dict[str, types.ModuleType]:
     """Fresh copies of a package's modules, in order of import, over the emulated language; sys.modules is left as it was."""
     gl = _language()
-    names = {f"{package}.{module}" for module in modules}
+    names = {f"{package}.{module}" for module in modules} | {_SHARED}
     gluon = types.ModuleType("triton.experimental.gluon")
     gluon.__dict__.update(jit=lambda f: f, constexpr_function=lambda f: f, language=gl)
     triton = types.ModuleType("triton")
@@ -408,7 +412,7 @@ def load(package: str, modules: tuple[str, ...]) -> dict[str, types.ModuleType]:
     parent, fix_parent = sys.modules[package], importlib.import_module("pallas_kernels")
     attributes = [
         (owner, n, getattr(owner, n, None))
-        for owner, ns in ((parent, modules), (fix_parent, ("jax_gluon",)))
+        for owner, ns in ((parent, modules), (fix_parent, ("jax_gluon", "gluon_shared")))
         for n in ns
     ]
     try:

@@ -16,7 +16,7 @@ from tests.ops import gluon_emulator
 
 EXPERTS, UNIT = 40, 8
 # In order of import.
-MODULES = ("gluon_words", "gluon_shared", "gluon_rank", "gluon_choice", "gluon_norm", "gluon_few", "gluon_one")
+MODULES = ("gluon_words", "gluon_rank", "gluon_choice", "gluon_norm", "gluon_few", "gluon_one")
 
 
 def few_rows(spec: Spec, *args: Any) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Shared memory by address, in Gluon; SM80 to SM120.
+"""Shared memory by address, in Gluon; SM80 to SM120. Words are 32 bits, places bytes.
 
 What a program does to a word here its other threads see behind ``thread_barrier``, those of its warp behind ``warp_barrier``.
 """
@@ -26,7 +26,7 @@ def _declare(SIZE):
 
 @gluon.jit
 def own_shared(SIZE: gl.constexpr):
-    """Address of SIZE bytes of shared memory; once a kernel."""
+    """Address of SIZE bytes of shared memory, the same in all blocks; once a kernel. ``jax_gluon`` reads the mark in the PTX."""
     return gl.inline_asm_elementwise(_declare(SIZE), "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
@@ -55,8 +55,18 @@ def put_two_if(at, a, b, known):
 
 
 @gluon.jit
+def get_word(at):
+    return gl.inline_asm_elementwise(_GET, "=r,r", [at], dtype=gl.uint32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def get_number(at):
     return gl.inline_asm_elementwise(_GET, "=f,r", [at], dtype=gl.float32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def get_two_words(at):
+    return gl.inline_asm_elementwise(_GET_TWO, "=r,=r,r", [at], dtype=(gl.uint32, gl.uint32), is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -65,7 +75,12 @@ def get_number_and_word(at):
 
 
 @gluon.jit
-def get_four(at):
-    return gl.inline_asm_elementwise(
-        _GET_FOUR, "=f,=f,=f,=f,r", [at], dtype=(gl.float32, gl.float32, gl.float32, gl.float32), is_pure=False, pack=1
-    )
+def get_four_counts(at):
+    kinds: gl.constexpr = (gl.int32, gl.int32, gl.int32, gl.int32)
+    return gl.inline_asm_elementwise(_GET_FOUR, "=r,=r,=r,=r,r", [at], dtype=kinds, is_pure=False, pack=1)
+
+
+@gluon.jit
+def get_four_numbers(at):
+    kinds: gl.constexpr = (gl.float32, gl.float32, gl.float32, gl.float32)
+    return gl.inline_asm_elementwise(_GET_FOUR, "=f,=f,=f,=f,r", [at], dtype=kinds, is_pure=False, pack=1)
