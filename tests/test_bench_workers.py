@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from bench import ahead, check, run, timing
@@ -16,7 +17,7 @@ from bench.operations import select
 from bench.session import Session
 from bench.workers import SESSION, Share, leave_cores, run_workers, turn
 from glm52_jax.compile_cache import Compiling
-from tests.toy_operation import FAST, H200, Spec, advance, backend, operation, product
+from tests.toy_operation import FAST, H200, Spec, advance, backend, inputs, operation, product
 
 
 def test_shares_cover_every_case_once() -> None:
@@ -52,7 +53,8 @@ def test_workers_join_the_session_with_their_part_of_the_memory(
     assert run_workers([], 2, tmp_path / "s", said.append, command=(sys.executable, "-c", "pass"))
 
 
-def _in_turn(session: Path, log: Path, name: str) -> None:
+def _in_turn(session: Path, log: Path, name: str, both: Any) -> None:
+    both.wait(60)
     for _ in range(20):
         with turn(session):
             for _ in range(2):
@@ -65,7 +67,8 @@ def test_turns_do_not_overlap(tmp_path: Path) -> None:
     session, log = tmp_path / "session", tmp_path / "log"
     session.touch()
     start = multiprocessing.get_context("spawn")
-    both = [start.Process(target=_in_turn, args=(session, log, name)) for name in "ab"]
+    barrier = start.Barrier(2)  # they start together, or one would be through before the other is there
+    both = [start.Process(target=_in_turn, args=(session, log, name, barrier)) for name in "ab"]
     for process in both:
         process.start()
     for process in both:
@@ -114,14 +117,21 @@ def test_a_session_is_joined_as_it_was_offered(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_what_is_compiled_ahead_is_what_runs() -> None:
-    """The inputs, the check and the chain; and nothing runs ahead of them."""
+    """The inputs, both calls of the check, whose arguments differ in kind, and the chain; and nothing runs ahead of them."""
     ran: list[int] = []
 
-    def counted(spec: Spec, x: jax.Array, w: jax.Array, layer: jax.Array) -> jax.Array:
-        jax.debug.callback(lambda: ran.append(spec.layers))
-        return product(spec, x, w, layer)
+    def first_has_no_layer(spec: Spec, key: jax.Array) -> Any:
+        return *inputs(spec, key)[:2], None
 
-    made = operation(backend("triton", counted), advance=advance).remembering()
+    def either(spec: Spec, x: jax.Array, w: jax.Array, layer: jax.Array | None) -> jax.Array:
+        return product(spec, x, w, jnp.int32(0) if layer is None else layer)
+
+    def counted(spec: Spec, x: jax.Array, w: jax.Array, layer: jax.Array | None) -> jax.Array:
+        jax.debug.callback(lambda: ran.append(spec.layers))
+        return either(spec, x, w, layer)
+
+    offered = {"advance": advance, "inputs": first_has_no_layer}
+    made = operation(backend("triton", counted), reference=either, **offered).remembering()
     key, lengths, programs = jax.random.key(0), {"triton": 4, "reference": 2}, []
     for spec in (Spec(rows=2, layers=3), Spec(rows=2, layers=4)):  # the first warms up what JAX compiles for itself
         ahead.compile_case(made, spec, lengths)

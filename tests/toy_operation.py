@@ -43,9 +43,9 @@ def backend(name: str, function: Any, refusal: str | None = None) -> Backend:
     return Backend(name, lambda *_: Refusal(refusal) if refusal else None, lambda: function)
 
 
-def operation(*backends: Backend, **contents: Any) -> Operation:
+def operation(*backends: Backend, reference: Any = product, **contents: Any) -> Operation:
     offered = {"CASES": {"square": Spec(), "large": Spec(n=128)}, "inputs": inputs, **contents}
-    return Operation("toy", types.SimpleNamespace(**offered), (*backends, backend("reference", product)))
+    return Operation("toy", types.SimpleNamespace(**offered), (*backends, backend("reference", reference)))
 
 
 def advance(spec: Spec, args: Any, out: Any, i: int) -> Any:
