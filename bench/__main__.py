@@ -17,7 +17,7 @@ from bench import ab, indexer, layer, prompt, readme, records, report, run, soak
 from bench.check import WrongResult, checked
 from bench.operations import ROWS, Operation, discover, packages, select
 from bench.session import Session
-from bench.workers import SESSION, Share, leave_cores, leave_memory, run_workers
+from bench.workers import SESSION, Share, leave_cores, leave_memory, run_workers, that_fit
 from glm52_jax import compile_cache
 from pallas_kernels.arch import Arch
 from pallas_kernels.lowering import default_arch
@@ -106,8 +106,12 @@ def run_command(options: argparse.Namespace) -> int:
     if options.jobs == 1:
         run.run(selections, _options(options), session)
         return session.status()
+    largest = run.largest(selections, _options(options), arch)
+    jobs = that_fit(options.jobs, largest, arch.memory_bytes)
+    if jobs < options.jobs:
+        _say(f"{jobs} workers, not {options.jobs}: a case has {largest / 1e9:.1f} GB")
     with tempfile.TemporaryDirectory() as folder:
-        done = run_workers(options.arguments, options.jobs, session.offer(Path(folder) / "session.json"))
+        done = run_workers(options.arguments, jobs, session.offer(Path(folder) / "session.json"))
     return session.status() or int(not done)
 
 

@@ -108,6 +108,16 @@ def cases(selection: Selection, options: Options, arch: Arch) -> Iterator[tuple[
                 yield case, operation.sized(case, rows, arch)
 
 
+def largest(selections: Sequence[Selection], options: Options, arch: Arch) -> int:
+    """Bytes of the arguments of the largest case that a run has, at the first of its row counts."""
+    first = {
+        (selection.operation.name, case): (selection.operation, spec)
+        for selection in selections
+        for case, spec in reversed(list(cases(selection, options, arch)))
+    }
+    return max((operation.size(spec) for operation, spec in first.values()), default=0)
+
+
 def measure_case(
     operation: Operation, case: str, spec: Any, options: Options, session: Session, forced: str | None = None
 ) -> list[Raw]:

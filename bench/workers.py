@@ -58,6 +58,12 @@ def leave_memory() -> None:
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
 
 
+def that_fit(jobs: int, largest: int, memory: int) -> int:
+    """How many of ``jobs`` workers, one at least, have a share of the GPU's memory that holds a case of ``largest`` bytes."""
+    # What was once allocated stays a process's own, for its turns' addresses must not move.
+    return max(1, min(jobs, int(_MEMORY * memory / (1.02 * largest + 1e9))))
+
+
 def run_workers(
     arguments: Sequence[str],
     jobs: int,

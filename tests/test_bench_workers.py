@@ -1,5 +1,6 @@
 """Processes that share a run: which cases each takes, how they take turns, and that what is compiled ahead is what runs."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -15,9 +16,11 @@ import pytest
 from bench import ahead, check, run, timing
 from bench.operations import select
 from bench.session import Session
-from bench.workers import SESSION, Share, leave_cores, run_workers, turn
+from bench.workers import SESSION, Share, leave_cores, run_workers, that_fit, turn
 from glm52_jax.compile_cache import Compiling
 from tests.toy_operation import FAST, H200, Spec, advance, backend, inputs, operation, product
+
+ROW = dataclasses.replace(FAST, rows=(1,))
 
 
 def test_shares_cover_every_case_once() -> None:
@@ -51,6 +54,16 @@ def test_workers_join_the_session_with_their_part_of_the_memory(
         assert environment["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
         assert 0.3 < float(environment["XLA_PYTHON_CLIENT_MEM_FRACTION"]) <= 0.5
     assert run_workers([], 2, tmp_path / "s", said.append, command=(sys.executable, "-c", "pass"))
+
+
+def test_as_many_workers_as_have_memory_for_the_largest_case() -> None:
+    made = operation(backend("triton", product))
+    (spec,) = (spec for case, spec in run.cases(select("toy:large", {"toy": made}), ROW, H200))
+    assert run.largest([select("toy", {"toy": made})], ROW, H200) == made.size(spec) > 0
+    assert run.largest([], ROW, H200) == 0
+    # Sparse MLA's cache, on an H200: five workers got through with it.
+    assert that_fit(8, int(23.9e9), H200.memory_bytes) == 5 and that_fit(3, int(23.9e9), H200.memory_bytes) == 3
+    assert that_fit(8, 0, H200.memory_bytes) == 8 and that_fit(8, int(300e9), H200.memory_bytes) == 1
 
 
 def _in_turn(session: Path, log: Path, name: str, both: Any) -> None:
