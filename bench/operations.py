@@ -83,7 +83,8 @@ class Operation:
         return self.remembered(("inputs", spec), lambda: jax.jit(lambda key: tuple(self.spec.inputs(spec, key))))
 
     def inputs(self, spec: Any, key: jax.Array) -> tuple[Any, ...]:
-        return tuple(self.inputs_program(spec)(key))
+        # One program only where it was compiled ahead: elsewhere the small ones that are compiled already are faster.
+        return tuple(self.spec.inputs(spec, key) if self.memory is None else self.inputs_program(spec)(key))
 
     def advance(self, spec: Any, args: tuple[Any, ...], out: Any, i: int) -> tuple[Any, ...]:
         """The arguments of call i of a chain; those of the call before where the operation says nothing else."""
