@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bench import check, layer, records
+from bench import check, layer, records, timing
 from pallas_kernels.compare import compare
 
 SMALL = layer.LayerSpec(rows=2, layers=2, tokens=256, hidden=256, heads=4, q_lora_rank=128, kv_lora_rank=128, topk=64)
@@ -26,6 +26,8 @@ def test_all_ways_of_calling_a_layer_agree() -> None:
 
 
 def test_layer_is_checked_against_the_references_and_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A round of one step: twenty of the references' take seconds on a CPU.
+    monkeypatch.setattr(timing.Repeat, "warm_up", lambda repeat, seconds: repeat.run(1))
     made = layer.run(SMALL, ("chain", "graph"), rounds=1, say=lambda _: None)
     first, second = (make(records.Ceilings(4e12, 8e14), "now") for make in made)
     assert (first.case, second.case) == ("w8a16 chain", "w8a16 graph")
