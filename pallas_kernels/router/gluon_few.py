@@ -32,6 +32,41 @@ EACH = MOST_EXPERTS // (32 * WARPS)  # experts of a thread that waits for logits
 _WAIT = gl.constexpr(wait_for_sums(1, 1, 0, clear=False))
 
 
+@gluon.constexpr_function
+def products_layout(WARPS):
+    """Of each warp's products [WARPS, 16 experts, rows], over a share of the columns."""
+    return gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
+
+
+@gluon.jit
+def operand_places(part, tile, CHUNKS: gl.constexpr, BM: gl.constexpr, mma: gl.constexpr):
+    """expert, column of the left operand [warps, 16, 32] and row, column of the right [warps, 32, BM], in a slice's first chunk."""
+    W: gl.constexpr = gl.num_warps()
+    left: gl.constexpr = gl.DotOperandLayout(0, mma, 8)
+    right: gl.constexpr = gl.DotOperandLayout(1, mma, 8)
+    expert = gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(2, left)))[None, :, None] + tile * 16
+    inner = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, left)))[None, None, :] + part * (CHUNKS * W * 32)
+    inner += gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, left)))[:, None, None] * 32
+    row = gl.arange(0, BM, gl.SliceLayout(0, gl.SliceLayout(1, right)))[None, None, :]
+    column = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, right)))[None, :, None] + part * (CHUNKS * W * 32)
+    column += gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, right)))[:, None, None] * 32
+    return expert, inner, row, column
+
+
+@gluon.jit
+def with_deltas(rows, deltas, ADD: gl.constexpr, CHUNKS: gl.constexpr):
+    """rows + deltas, rounded, in chunks; rows alone without ADD."""
+    sums = ()
+    for c in gl.static_range(CHUNKS):
+        y = rows[c]
+        if ADD:
+            y = (y.to(gl.float32) + deltas[c].to(gl.float32)).to(y.dtype)
+            # Not to be put behind the wait.
+            y = gl.inline_asm_elementwise(KEEP, "=r,r", [y], dtype=gl.bfloat16, is_pure=False, pack=2)
+        sums = sums + (y,)  # noqa: RUF005 (Triton knows no unpacking)
+    return sums
+
+
 @gluon.jit
 def multiply(
     gates, rows, mailbox, inverses, part, tile,
@@ -64,16 +99,9 @@ def _add_logits(
 ):  # fmt: skip
     """16 experts' part of a slice in the logits of all rows: mailbox [ROWS, SLICES, PADDED]; 1 / RMS from inverses [BM]."""
     W: gl.constexpr = gl.num_warps()
-    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [W, 1, 1], [1, 16, 8])
-    left: gl.constexpr = gl.DotOperandLayout(0, mma, 8)
-    right: gl.constexpr = gl.DotOperandLayout(1, mma, 8)
-    expert = gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(2, left)))[None, :, None] + tile * 16
-    inner = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, left)))[None, None, :] + part * (CHUNKS * W * 32)
-    inner += gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, left)))[:, None, None] * 32
-    row = gl.arange(0, BM, gl.SliceLayout(0, gl.SliceLayout(1, right)))[None, None, :]
-    column = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, right)))[None, :, None] + part * (CHUNKS * W * 32)
-    column += gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, right)))[:, None, None] * 32
-    rows, deltas, scales, gates, sums, normed = (), (), (), (), (), ()
+    mma: gl.constexpr = products_layout(W)
+    expert, inner, row, column = operand_places(part, tile, CHUNKS, BM, mma)
+    rows, deltas, scales, gates, normed = (), (), (), (), ()
     for c in gl.static_range(CHUNKS):
         at = inner + c * W * 32
         known = (expert < EXPERTS) & (at < HIDDEN)
@@ -86,16 +114,10 @@ def _add_logits(
         scales = scales + (gl.load(norm + at, mask=at < HIDDEN, other=0.0) if NORM else 0,)  # noqa: RUF005
     # ptxas would put loads behind the sum and the wait.
     gl.thread_barrier()
-    for c in gl.static_range(CHUNKS):
-        y = rows[c]
-        if ADD:
-            y = (y.to(gl.float32) + deltas[c].to(gl.float32)).to(y.dtype)
-            # Not to be put behind the wait.
-            y = gl.inline_asm_elementwise(KEEP, "=r,r", [y], dtype=gl.bfloat16, is_pure=False, pack=2)
-        sums = sums + (y,)  # noqa: RUF005
+    sums = with_deltas(rows, deltas, ADD, CHUNKS)
     inverse = 0.0
     if NORM:
-        of_row = gl.arange(0, BM, gl.SliceLayout(0, gl.SliceLayout(1, right)))
+        of_row = gl.arange(0, BM, gl.SliceLayout(0, gl.SliceLayout(1, gl.DotOperandLayout(1, mma, 8))))
         found = gl.inline_asm_elementwise(
             _WAIT, "=&r,l,r", [inverses + of_row, (of_row < ROWS).to(gl.int32)], dtype=gl.int32, is_pure=False, pack=1
         )

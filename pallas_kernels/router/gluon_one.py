@@ -16,10 +16,10 @@ from pallas_kernels import jax_gluon
 from pallas_kernels.gluon_shared import own_shared, warp_barrier
 from pallas_kernels.layer_index import layer_argument
 from pallas_kernels.lowering import default_arch, triton_options
-from pallas_kernels.router.gluon_few import AT_ONCE, EACH, multiply
+from pallas_kernels.router.gluon_few import AT_ONCE, EACH, multiply, operand_places, products_layout, with_deltas
 from pallas_kernels.router.gluon_norm import load_row, norm_row, sum_row
 from pallas_kernels.router.gluon_rank import SHARED, choose_eight, key_of
-from pallas_kernels.router.gluon_words import KEEP, operands, wait_for_sums
+from pallas_kernels.router.gluon_words import operands, wait_for_sums
 from pallas_kernels.router.spec import MOST_ROWS, TILE, WARPS, Spec, slices_of
 
 jax_gluon.install()
@@ -32,17 +32,11 @@ def _norm_and_multiply(
     EPS: gl.constexpr, CHUNK: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
     """What ``_add_logits`` adds, of what it has loaded."""
-    sums, normed = (), ()
-    for c in gl.static_range(CHUNKS):
-        y = rows[c]
-        if ADD:
-            y = (y.to(gl.float32) + deltas[c].to(gl.float32)).to(y.dtype)
-            y = gl.inline_asm_elementwise(KEEP, "=r,r", [y], dtype=gl.bfloat16, is_pure=False, pack=2)
-        sums = sums + (y,)  # noqa: RUF005 (Triton knows no unpacking)
+    sums, normed = with_deltas(rows, deltas, ADD, CHUNKS), ()
     _, inverse = sum_row(whole, added, HIDDEN, EPS, ADD, True, CHUNK)
     for c in gl.static_range(CHUNKS):
         z = (sums[c].to(gl.float32) * inverse * scales[c].to(gl.float32)).to(sums[c].dtype)
-        normed = normed + (z,)  # noqa: RUF005
+        normed = normed + (z,)  # noqa: RUF005 (Triton knows no unpacking)
     multiply(gates, normed, mailbox, mailbox, part, tile, 1, False, CHUNKS, SLICES, PADDED, BM, mma)
 
 
@@ -54,18 +48,11 @@ def _add_logits(
 ):  # fmt: skip
     """16 experts' part of a slice in the row's logits: mailbox [SLICES, PADDED]."""
     W: gl.constexpr = gl.num_warps()
-    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [W, 1, 1], [1, 16, 8])
-    left: gl.constexpr = gl.DotOperandLayout(0, mma, 8)
-    right: gl.constexpr = gl.DotOperandLayout(1, mma, 8)
+    mma: gl.constexpr = products_layout(W)
+    expert, inner, row, column = operand_places(part, tile, CHUNKS, BM, mma)
     # What is not there is another's once more, which nobody reads: no mask, so few instructions stand in front of the loads.
-    expert = gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(2, left)))[None, :, None] + tile * 16
     expert = gl.minimum(expert, EXPERTS - 1)
-    inner = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, left)))[None, None, :] + part * (CHUNKS * W * 32)
-    inner += gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, left)))[:, None, None] * 32
-    # Every column of the right operand is the row.
-    row = gl.arange(0, BM, gl.SliceLayout(0, gl.SliceLayout(1, right)))[None, None, :] * 0
-    column = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, right)))[None, :, None] + part * (CHUNKS * W * 32)
-    column += gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, right)))[:, None, None] * 32
+    row *= 0  # every column of the right operand is the row
     rows, deltas, scales, gates = (), (), (), ()
     whole, added = load_row(x, delta, 0, HIDDEN, ADD, CHUNK)
     # ptxas would put gate's loads, which take longest, last.
