@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import re
+import sys
 import threading
 import types
 from collections.abc import Callable
@@ -11,6 +13,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import pytest
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 raw = lambda x: x.a if isinstance(x, Block) else x  # noqa: E731
@@ -246,3 +249,46 @@ def language(program: Any) -> types.ModuleType:
         ),
     )  # fmt: skip
     return gl
+
+
+def load(
+    patch: pytest.MonkeyPatch,
+    names: tuple[str, ...],
+    gl: types.ModuleType,
+    wait: Callable[..., Any],
+    copy: Callable[..., None] | None = None,
+    **others: dict[str, Any],
+) -> types.ModuleType:
+    """The last of fresh copies of kernels' modules, ``names`` in order of import, over ``gl``.
+
+    wait: what a program does where its cluster meets; copy: to shared memory; others: name -> contents of modules of
+    ``pallas_kernels`` that are not wanted. sys.modules ends as it was.
+    """
+    passed = lambda f: f  # noqa: E731
+    clusters = {
+        **{"own_memory": lambda size, sent: 0, "cluster_start": lambda blocks: None},
+        **dict.fromkeys(("cluster_wait", "await_sent"), wait),
+    }
+    copies = types.SimpleNamespace(
+        async_copy_global_to_shared=copy, commit_group=lambda: None, wait_group=lambda n: None
+    )
+    fakes: dict[str, dict[str, Any]] = {
+        "triton": {}, "triton.experimental": {}, "jax_triton": {}, "pallas_kernels.jax_gluon": {"install": lambda: None},
+        "triton.experimental.gluon": {"jit": passed, "constexpr_function": passed, "language": gl}, gl.__name__: gl.__dict__,
+        f"{gl.__name__}.nvidia": {}, f"{gl.__name__}.nvidia.ampere": {"async_copy": copies, "mma_v2": mma},
+        "pallas_kernels.gluon_clusters": clusters, **{f"pallas_kernels.{name}": content for name, content in others.items()},
+    }  # fmt: skip
+    for name, content in fakes.items():
+        module = types.ModuleType(name)
+        module.__dict__.update(content)
+        patch.setitem(sys.modules, name, module)
+    patch.setattr("pallas_kernels.jax_gluon", sys.modules["pallas_kernels.jax_gluon"], raising=False)
+    fresh = tuple(f"pallas_kernels.{name}" for name in ("gluon_layer", *names))
+    for name in fresh:
+        parent, _, child = name.rpartition(".")
+        patch.setattr(importlib.import_module(parent), child, None, raising=False)
+        patch.delitem(sys.modules, name, raising=False)
+    loaded = importlib.import_module(fresh[-1])
+    for name in fresh:
+        del sys.modules[name]  # not by the patch, which would bring it back
+    return loaded

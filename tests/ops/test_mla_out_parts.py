@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import re
-import sys
 import threading
 import types
 from collections.abc import Callable
@@ -120,39 +118,10 @@ def kernel(now: list[Cluster], program: Programs, patch: pytest.MonkeyPatch) -> 
         program_id=lambda axis: Block(np.asarray(program[axis], np.int32)),
     )  # fmt: skip
     copy: Callable[..., None] = lambda target, pointer, mask=True: numpy_gluon.copy(target, pointer, mask)  # noqa: E731
-    copies = types.SimpleNamespace(
-        async_copy_global_to_shared=copy, commit_group=lambda: None, wait_group=lambda n: None
-    )
     wait = lambda *a: now[0].barrier.wait()  # noqa: E731
-    passed = lambda f: f  # noqa: E731
-    clusters = {
-        "own_memory": lambda size, sent: 0,
-        "cluster_start": lambda n: None,
-        "cluster_wait": wait,
-        "await_sent": wait,
-    }
-    fakes: dict[str, dict[str, Any]] = {
-        "triton": {}, "triton.experimental": {}, "jax_triton": {}, "pallas_kernels.jax_gluon": {"install": lambda: None},
-        "triton.experimental.gluon": {"jit": passed, "constexpr_function": passed, "language": gl}, gl.__name__: gl.__dict__,
-        f"{gl.__name__}.nvidia": {}, f"{gl.__name__}.nvidia.ampere": {"async_copy": copies, "mma_v2": numpy_gluon.mma},
-        "pallas_kernels.gluon_clusters": clusters,
-    }  # fmt: skip
-    for name, content in fakes.items():
-        module = types.ModuleType(name)
-        module.__dict__.update(content)
-        patch.setitem(sys.modules, name, module)
-    patch.setattr("pallas_kernels.jax_gluon", sys.modules["pallas_kernels.jax_gluon"], raising=False)
     patch.setattr(Shared, "reshape", lambda self, shape: Shared(self.a.reshape(shape)), raising=False)
     patch.setattr(Block, "type", types.SimpleNamespace(layout=None), raising=False)
-    names = ("pallas_kernels.gluon_layer", "pallas_kernels.mla_out.gluon_parts")
-    for name in names:
-        parent, _, child = name.rpartition(".")
-        patch.setattr(importlib.import_module(parent), child, None, raising=False)
-        patch.delitem(sys.modules, name, raising=False)
-    module = importlib.import_module(names[-1])
-    for name in names:
-        del sys.modules[name]  # not by the patch, which would bring it back
-    return module.up_project_parts_kernel
+    return numpy_gluon.load(patch, ("mla_out.gluon_parts",), gl, wait, copy).up_project_parts_kernel
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import sys
 import threading
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -68,26 +65,7 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Any:
         rsqrt=lambda x: Block(1 / np.sqrt(x.a)), program_id=lambda axis: Block(np.asarray(program[axis], np.int32)),
     )  # fmt: skip
     wait = lambda *a: now[0].barrier.wait()  # noqa: E731
-    passed = lambda f: f  # noqa: E731
-    clusters = {"own_memory": lambda *a: 0, "cluster_start": lambda n: None, "cluster_wait": wait, "await_sent": wait}
-    fakes: dict[str, dict[str, Any]] = {
-        "triton": {}, "triton.experimental": {}, "jax_triton": {}, "pallas_kernels.jax_gluon": {"install": lambda: None},
-        "triton.experimental.gluon": {"jit": passed, "constexpr_function": passed, "language": gl}, gl.__name__: gl.__dict__,
-        "pallas_kernels.gluon_clusters": clusters,
-    }  # fmt: skip
-    for name, content in fakes.items():
-        fake = types.ModuleType(name)
-        fake.__dict__.update(content)
-        monkeypatch.setitem(sys.modules, name, fake)
-    monkeypatch.setattr("pallas_kernels.jax_gluon", sys.modules["pallas_kernels.jax_gluon"], raising=False)
-    names = ("pallas_kernels.gluon_layer", "pallas_kernels.norm_quant.gluon_parts")
-    for name in names:
-        parent, _, child = name.rpartition(".")
-        monkeypatch.setattr(importlib.import_module(parent), child, None, raising=False)
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    loaded = importlib.import_module(names[-1])
-    for name in names:
-        del sys.modules[name]  # not by the patch, which would bring it back
+    loaded = numpy_gluon.load(monkeypatch, ("norm_quant.gluon_parts",), gl, wait)
     loaded.__dict__.update(now=now, program=program)
     return loaded
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import itertools
 import math
-import sys
 import threading
 import types
 from typing import Any
@@ -19,46 +17,20 @@ import pytest
 from pallas_kernels.layer_index import layer_argument
 from pallas_kernels.sparse_mla import reference
 from pallas_kernels.sparse_mla.spec import CASES, Spec, inputs
-from tests.ops.numpy_gluon import Block, Cluster, Number, Pointer, Programs, copy, in_cluster, language, mma, raw
+from tests.ops.numpy_gluon import Block, Cluster, Number, Pointer, Programs, copy, in_cluster, language, load, raw
 
 
 def kernel(now: list[Cluster], program: Programs, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     """A copy of the kernel's module over numpy."""
-    gl, passed = language(program), lambda f: f
+    gl = language(program)
     gl.__dict__.update(
         inline_asm_elementwise=in_cluster(now, program), static_range=range, int8=np.int8, uint32=np.uint32,
         maximum=lambda a, b: Block(np.maximum(raw(a), raw(b))),
     )  # fmt: skip
     wait = lambda *a: now[0].barrier.wait()  # noqa: E731
-    clusters = {
-        **{"own_memory": lambda size, sent: 0, "cluster_start": lambda blocks: None},
-        **dict.fromkeys(("cluster_wait", "await_sent"), wait),
-    }
-    copies = types.SimpleNamespace(
-        async_copy_global_to_shared=copy, commit_group=lambda: None, wait_group=lambda n: None
-    )
-    fakes: dict[str, dict[str, Any]] = {
-        "triton": {}, "triton.experimental": {}, "jax_triton": {}, "pallas_kernels.jax_gluon": {"install": lambda: None},
-        "triton.experimental.gluon": {"jit": passed, "constexpr_function": passed, "language": gl}, gl.__name__: gl.__dict__,
-        f"{gl.__name__}.nvidia": {}, f"{gl.__name__}.nvidia.ampere": {"async_copy": copies, "mma_v2": mma},
-        "pallas_kernels.gluon_clusters": clusters,
-        "pallas_kernels.sparse_mla.triton": dict.fromkeys(("LATENT_FACTOR", "LOG2E", "merge", "outputs")),
-    }  # fmt: skip
-    for name, content in fakes.items():
-        module = types.ModuleType(name)
-        module.__dict__.update(content)
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr("pallas_kernels.jax_gluon", sys.modules["pallas_kernels.jax_gluon"], raising=False)
-    names = ["pallas_kernels.gluon_layer"]
-    names += [f"pallas_kernels.sparse_mla.gluon_few{last}" for last in ("_layouts", "_merge", "")]
-    for name in names:
-        parent, _, child = name.rpartition(".")
-        monkeypatch.setattr(importlib.import_module(parent), child, None, raising=False)
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    module = importlib.import_module(names[-1])
-    for name in names:
-        del sys.modules[name]  # not by the patch, which would bring it back
-    return module
+    names = tuple(f"sparse_mla.gluon_few{last}" for last in ("_layouts", "_merge", ""))
+    unused = dict.fromkeys(("LATENT_FACTOR", "LOG2E", "merge", "outputs"))
+    return load(monkeypatch, names, gl, wait, copy, **{"sparse_mla.triton": unused})
 
 
 def attend(
