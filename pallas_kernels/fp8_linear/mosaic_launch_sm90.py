@@ -7,12 +7,34 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.blocks import BLOCK
 from pallas_kernels.fp8_linear.once_plan import OncePlan
 from pallas_kernels.fp8_linear.plan import Plan
+
+
+class Worker:
+    """The work of one block of threads, traced by every warpgroup.
+
+    rows: x (or its values and scales, already quantized), norm, delta; arrays: (data, scale) a weight; outs: normed, total, then
+    one a weight; memory: shared memory by name; height: output rows of a tile.
+    """
+
+    def __init__(
+        self, plan: Any, height: int, layer: Any, rows: Any, arrays: Any, outs: Any, memory: dict[str, Any]
+    ) -> None:
+        self.plan, self.layer = plan, layer
+        self.x, self.more = rows[0], rows[1:]
+        self.weights, self.weight_scales = arrays[0::2], arrays[1::2]
+        self.row_outs, self.outs = outs[: plan.row_outputs], outs[plan.row_outputs :]
+        self.__dict__.update(memory)
+        self.cta, self.wg = lax.axis_index("tile"), lax.axis_index("wg")
+        self.part = lax.axis_index("part") if plan.split > 1 else 0
+        self.share = self.part * plan.warpgroups + self.wg
+        self.firsts = [sum(plan.ns[:j]) // height for j in range(len(plan.ns))]
 
 
 def launched(

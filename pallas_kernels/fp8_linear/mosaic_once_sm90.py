@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.blocks import BLOCK, E4M3
-from pallas_kernels.fp8_linear.mosaic_launch_sm90 import launched
+from pallas_kernels.fp8_linear.mosaic_launch_sm90 import Worker, launched
 from pallas_kernels.fp8_linear.mosaic_once_rows_sm90 import Rows
 from pallas_kernels.fp8_linear.once_plan import OncePlan
 from pallas_kernels.fp8_linear.plan import TILE
@@ -70,20 +70,12 @@ def _scratch(plan: OncePlan) -> dict[str, Any]:
     return scratch
 
 
-class Once(Rows):
-    """The work of one block of threads, traced by every warpgroup; arguments as of ``mosaic_tile_sm90.Tile``."""
+class Once(Worker, Rows):
+    """The work of one block of threads."""
 
-    def __init__(self, plan: OncePlan, layer: Any, rows: Any, arrays: Any, outs: Any, memory: dict[str, Any]) -> None:
-        self.plan, self.layer = plan, layer
-        self.x, self.more = rows[0], rows[1:]
-        self.weights, self.weight_scales = arrays[0::2], arrays[1::2]
-        self.row_outs, self.outs = outs[: plan.row_outputs], outs[plan.row_outputs :]
-        self.__dict__.update(memory)
-        self.cta, self.wg = lax.axis_index("tile"), lax.axis_index("wg")
-        self.part = lax.axis_index("part") if plan.split > 1 else 0
-        self.share = self.part * plan.warpgroups + self.wg
+    def __init__(self, plan: OncePlan, *given: Any) -> None:
+        super().__init__(plan, plan.height, *given)
         self.base = self.share * plan.stretch
-        self.firsts = [sum(plan.ns[:j]) // plan.height for j in range(len(plan.ns))]
 
     def compute(self) -> None:
         plan = self.plan

@@ -29,28 +29,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.blocks import BLOCK
 from pallas_kernels.fp8_linear.mosaic_ending_sm90 import ACC as _ACC
 from pallas_kernels.fp8_linear.mosaic_ending_sm90 import Ending
+from pallas_kernels.fp8_linear.mosaic_launch_sm90 import Worker
 from pallas_kernels.fp8_linear.mosaic_norm_sm90 import Norm
 from pallas_kernels.fp8_linear.mosaic_quantize_sm90 import GROUPS, split
 from pallas_kernels.fp8_linear.plan import TILE, Plan
 
 
-class Tile(Ending, Norm):
-    """The work of one block of threads, traced by every warpgroup.
+class Tile(Worker, Ending, Norm):
+    """The work of one block of threads."""
 
-    rows: x (or its values and scales, already quantized), norm, delta; arrays: (data, scale) a weight; outs: normed, total, then
-    one a weight; memory: shared memory by name.
-    """
-
-    def __init__(self, plan: Plan, layer: Any, rows: Any, arrays: Any, outs: Any, memory: dict[str, Any]) -> None:
-        self.plan, self.layer = plan, layer
-        self.x, self.more = rows[0], rows[1:]
-        self.weights, self.weight_scales = arrays[0::2], arrays[1::2]
-        self.row_outs, self.outs = outs[: plan.row_outputs], outs[plan.row_outputs :]
-        self.__dict__.update(memory)
-        self.cta, self.wg = lax.axis_index("tile"), lax.axis_index("wg")
-        self.part = lax.axis_index("part") if plan.split > 1 else 0
-        self.share = self.part * plan.warpgroups + self.wg
-        self.firsts = [sum(plan.ns[:j]) // TILE for j in range(len(plan.ns))]
+    def __init__(self, plan: Plan, *given: Any) -> None:
+        super().__init__(plan, TILE, *given)
         spread = plan.units // plan.shares
         # Units of k that this warpgroup walks: share, share + shares, ...
         self.units = spread if plan.even else (plan.units - self.share + plan.shares - 1) // plan.shares
