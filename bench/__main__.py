@@ -92,24 +92,24 @@ def _verify(operation: Operation, case: str, rows: int, forced: str | None, arch
 
 def run_command(options: argparse.Namespace) -> int:
     """Checks, times, records."""
-    if options.jobs > 1 and not options.worker:
-        leave_memory()
     if options.worker:
         leave_cores()
+    elif options.jobs > 1:
+        leave_memory()
     operations, arch = discover(), run.require_gpu(default_arch(), "run")
     selections = [select(text, operations) for text in options.selections or operations]
     if options.worker:
-        session = Session(arch, options.results, _say, Path(os.environ[SESSION]))
+        session = Session(arch, options.results, offered=Path(os.environ[SESSION]))
         run.run(selections, _options(options), session, Share.parse(options.worker))
         return 1 if session.wrong else 0
-    session = Session(arch, options.results, _say)
-    if options.jobs == 1:
+    session = Session(arch, options.results)
+    if options.jobs <= 1:
         run.run(selections, _options(options), session)
         return session.status()
     largest = run.largest(selections, _options(options), arch)
     jobs = that_fit(options.jobs, largest, arch.memory_bytes)
     if jobs < options.jobs:
-        _say(f"{jobs} workers, not {options.jobs}: a case has {largest / 1e9:.1f} GB")
+        session.say(f"{jobs} workers, not {options.jobs}: a case has {largest / 1e9:.1f} GB")
     with tempfile.TemporaryDirectory() as folder:
         done = run_workers(options.arguments, jobs, session.offer(Path(folder) / "session.json"))
     return session.status() or int(not done)
@@ -197,11 +197,6 @@ def report_command(options: argparse.Namespace) -> int:
     if options.readme:
         print(readme.update(readme.README, options.results / options.readme))
     return 0
-
-
-def _say(text: str) -> None:
-    """At once, also into a file: what a run that is ended early has said stands beside its records."""
-    print(text, flush=True)
 
 
 def _one_case(text: str, operations: dict[str, Operation]) -> Any:

@@ -110,11 +110,10 @@ def cases(selection: Selection, options: Options, arch: Arch) -> Iterator[tuple[
 
 def largest(selections: Sequence[Selection], options: Options, arch: Arch) -> int:
     """Bytes of the arguments of the largest case that a run has, at the first of its row counts."""
-    first = {
-        (selection.operation.name, case): (selection.operation, spec)
-        for selection in selections
-        for case, spec in reversed(list(cases(selection, options, arch)))
-    }
+    first: dict[tuple[str, str], tuple[Operation, Any]] = {}
+    for selection in selections:
+        for case, spec in cases(selection, options, arch):
+            first.setdefault((selection.operation.name, case), (selection.operation, spec))
     return max((operation.size(spec) for operation, spec in first.values()), default=0)
 
 

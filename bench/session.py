@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,12 +16,15 @@ from pallas_kernels.arch import Arch
 
 type Maker = Callable[[Ceilings, str], Record]
 
+# Also into a file: what a run that is ended early has said stands beside its records.
+at_once: Callable[[str], None] = functools.partial(print, flush=True)
+
 
 class Session:
     """Where figures of one run go; what was kept stays if a later case fails or the time runs out."""
 
     def __init__(
-        self, arch: Arch, results: Path, say: Callable[[str], None] = print, offered: Path | None = None
+        self, arch: Arch, results: Path, say: Callable[[str], None] = at_once, offered: Path | None = None
     ) -> None:
         """Joins the session that was offered, or brings the clocks up and measures the ceilings of its own.
 
